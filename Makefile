@@ -1,0 +1,69 @@
+# The TalkingMachines workbook. `make` alone says what there is.
+# Needs python >= 3.11, pip and make; a network only for the first `make env`.
+PYTHON ?= python3
+SCALE  ?= mini
+VENV   ?= .venv
+
+# In the conda environment of environment.yml everything is installed already: use it as it is.
+ifeq ($(CONDA_DEFAULT_ENV),talkingmachines)
+PY    := python
+READY :=
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.workbook-installed
+export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
+endif
+
+# Running a notebook by hand leaves outputs and kernel metadata in it; with these keys too, its bytes are restored.
+STRIP := --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+.PHONY: help env doctor test repro lab talk strip check-stripped clean-scratch
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+env: $(READY)  ## install into .venv, once (again when pyproject.toml changes); PYTHON=python3.12 chooses the interpreter
+
+$(VENV)/.workbook-installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11; run again with PYTHON=/path/to/python3.11 or newer" >&2; exit 1; }
+	@echo "installing into $(VENV) (some GB, some minutes)"
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) -m venv failed; install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable .
+	@$(PY) -m tmlib.doctor
+	@touch $@
+
+doctor: $(READY)  ## check this machine: torch, torchaudio, espeak-ng, kernel, disk
+	@$(PY) -m tmlib.doctor
+
+test: $(READY)  ## run the tests; ARGS='-k stream' for some of them
+	@$(PY) -m pytest -q $(ARGS)
+
+# A scale other than mini runs in a mirror of this tree, .scales/<name>/, with data, lock and cache of its own.
+repro: $(READY) check-stripped  ## run what is out of date of the pipeline; SCALE=smoke (or gpu, wan14b) for another scale; ARGS=stage for one
+ifeq ($(SCALE),mini)
+	@test -e .git || grep -qs no_scm .dvc/config.local || printf '[core]\n    no_scm = true\n' >> .dvc/config.local
+	@$(PY) -m dvc repro $(ARGS)
+	@echo "the report: reports/index.html"
+else
+	@folder=$$($(PY) -m tmlib.scales $(SCALE)) && cd "$$folder" && \
+	  TM_ROOT="$$folder" PYTHONPATH="$$folder" python -m dvc repro $(ARGS) && \
+	  echo "the report: .scales/$(SCALE)/reports/index.html"
+endif
+
+lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
+	@$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)
+
+talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
+	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }
+	@$(PY) -m tmlib.talk "$(FACE)" "$(SPEECH)" "$(or $(OUT),out.mp4)" $(ARGS)
+
+strip: $(READY)  ## take outputs and run metadata out of the source notebooks
+	@find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(PY) -m nbstripout $(STRIP) {} +
+
+check-stripped: $(READY)
+	@found=$$($(PY) -m nbstripout --verify $(STRIP) notebooks/*.ipynb) || \
+	  { echo "error:" $$(echo "$$found" | sed 's/.* stripped //') "was run by hand and would run again as a stage; restore it with \`make strip\`" >&2; exit 1; }
+
+clean-scratch:  ## delete resume state and copies of failed runs (data/scratch)
+	rm -rf data/scratch

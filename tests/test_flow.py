@@ -1,0 +1,110 @@
+"""flow: every conversion is the inverse of its partner, and samplers do what their equations say."""
+
+import pytest
+import torch
+
+from tmlib import flow
+
+
+@pytest.fixture
+def pair():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 4, 3, 2, 2, generator=g, dtype=torch.float64), torch.randn(2, 4, 3, 2, 2, generator=g, dtype=torch.float64)
+
+
+TIMES = [250.0, torch.tensor([100.0, 900.0]), torch.tensor([[10.0, 500.0, 1000.0], [999.0, 1.0, 300.0]])]
+
+
+@pytest.mark.parametrize("t", TIMES, ids=["float", "B", "BF"])
+def test_conversions_invert_each_other(pair, t):
+    x_0, eps = pair
+    x_t, v = flow.add_noise(x_0, eps, t), flow.velocity(x_0, eps)
+    torch.testing.assert_close(flow.x0_from_v(x_t, v, t), x_0)
+    torch.testing.assert_close(flow.eps_from_v(x_t, v, t), eps)
+    torch.testing.assert_close(flow.v_from_x0(x_t, x_0, t), v)
+
+
+def test_per_frame_time_noises_each_frame_with_its_own(pair):
+    x_0, eps = pair
+    x_t = flow.add_noise(x_0, eps, TIMES[2])
+    for b in range(2):
+        for f in range(3):
+            s = TIMES[2][b, f].item() / 1000
+            torch.testing.assert_close(x_t[b, :, f], (1 - s) * x_0[b, :, f] + s * eps[b, :, f])
+
+
+def test_ends_are_clean_and_noise(pair):
+    x_0, eps = pair
+    assert torch.equal(flow.add_noise(x_0, eps, 0.0), x_0)
+    assert torch.equal(flow.add_noise(x_0, eps, 1000.0), eps)
+
+
+def test_known_schedules():
+    assert flow.timesteps(2, 5) == pytest.approx([1000, 833.3333])                      # PEERS.md, decision 10
+    assert flow.timesteps(4, 5) == pytest.approx([1000, 937.5, 833.3333, 625])
+    assert flow.timesteps(4, 1) == pytest.approx([1000, 750, 500, 250])
+    assert set(flow.timesteps(3, 3)) <= set(flow.timesteps(6, 3))                       # floats equal, not just close
+    with pytest.raises(ValueError):
+        flow.timesteps(0, 5)
+
+
+def test_shift_and_unshift():
+    s = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(flow.unshift_sigma(flow.shift_sigma(s, 5.0), 5.0), s)
+    assert (flow.shift_sigma(s, 5.0) >= s).all()
+    t = flow.random_timesteps(1000, 5.0, torch.Generator().manual_seed(0), 20, 980)
+    assert t.shape == (1000,) and t.min() >= 20 and t.max() <= 980
+    assert abs(flow.unshift_sigma(t / 1000, 5.0).mean() - 0.5) < 0.05                   # uniform before the shift
+
+
+def test_guidance_is_the_standard_form(pair):
+    cond, uncond = pair
+    assert torch.allclose(flow.guided(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(flow.guided(cond, uncond, 4.0), cond + 3 * (cond - uncond))   # their s = 3 is our 4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_euler_is_exact_on_a_straight_path(pair, steps):
+    x_0, eps = pair
+    seen = []
+    out = flow.sample(lambda x, t: flow.velocity(x_0, eps), eps, flow.timesteps(steps, 3), lambda i, x: seen.append(i))
+    torch.testing.assert_close(out, x_0)
+    assert seen == list(range(steps))
+
+
+def test_sample_gives_the_model_the_right_times(pair):
+    times = []
+    flow.sample(lambda x, t: times.append(t.tolist()) or torch.zeros_like(x), pair[1], [1000.0, 400.0])
+    assert times == [[1000.0, 1000.0], [400.0, 400.0]]
+
+
+@pytest.mark.parametrize("renoise", ["sde", "ode"])
+def test_few_step_by_hand(pair, renoise):
+    x_0, eps = pair
+    model = lambda i, x: (0.3 + 0.1 * i) * x
+    out = flow.few_step(model, lambda i: eps if i == 0 else x_0, [1000.0, 600.0], renoise)
+    first = eps - 0.3 * eps
+    x_t = 0.4 * first + 0.6 * x_0 if renoise == "sde" else eps - 0.4 * 0.3 * eps
+    torch.testing.assert_close(out, x_t - 0.6 * 0.4 * x_t)
+
+
+@pytest.mark.parametrize("run_on", [False, True])
+@pytest.mark.parametrize("grad", [None, 0, 1, 2])
+def test_gradient_only_through_the_chosen_step(pair, grad, run_on):
+    weights = [torch.tensor(0.1 * i, dtype=torch.float64, requires_grad=True) for i in range(3)]
+    calls = []
+
+    def model(i, x):
+        calls.append(i)
+        return weights[i] * x
+
+    out = flow.few_step(model, lambda i: pair[i % 2], [1000.0, 800.0, 500.0], grad=grad, run_on=run_on)
+    assert calls == list(range(3 if grad is None or run_on else grad + 1))
+    assert out.requires_grad == (grad is not None)
+    if grad is not None:
+        out.sum().backward()
+    assert [w.grad is not None for w in weights] == [i == grad for i in range(3)]
+    with torch.no_grad():
+        assert not flow.few_step(model, lambda i: pair[0], [1000.0], grad=0).requires_grad
+    with pytest.raises(ValueError):
+        flow.few_step(model, lambda i: pair[0], [1000.0], renoise="euler")

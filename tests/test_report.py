@@ -1,0 +1,307 @@
+"""Verdicts follow from numbers alone; tables, figures and page are the same bytes each time; the page is sound HTML."""
+
+import csv
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from tmlib import config, media, report
+from tmlib.config import UserError
+
+RUN = dict(n=108, seed=0, scale="mini")
+
+
+def lips(r):
+    values = {"lip_r": r, "lip_r_flat": r + 0.01, "lip_r_line": r - 0.012, "lip_r_soft3d": r}
+    ends = {f"{k}_{end}": v + by for k, v in values.items() for end, by in (("lo", -0.012), ("hi", 0.012))}
+    return RUN | values | ends | dict(lip_r_shuffled=0.02, lip_offset_frames=0, lip_r_ceiling=0.92, lip_r_natural=0.78, psnr_db=22.4,
+                                      listening_opening_mean=0.03, speaking_opening_mean=0.31, reader_closed_bias=0.01,
+                                      border_ratio=1.3, border_ratio_real=1.01, frechet=3.2)
+
+
+def good():
+    """Metrics by which everything holds."""
+    drift = {f"drift_{kind}_{n}": v for kind, v in (("color", 1.6), ("sharpness", 0.97), ("identity", 0.03)) for n in (1, 10, 100, 1000)}
+    return {
+        "teacher": lips(0.875),
+        "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, toggle_latency_frames=3),
+        "streaming": RUN | drift | dict(chunks=1000, lip_r_first_minute=0.851, lip_r_last_minute=0.846),
+        "latency": dict(scale="mini", serial_fps=61.2, chunk_ms_p50=1234.5, device="CPU, 2 threads", speedup_two_device=1.6,
+                        speedup_overlap=1.1, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
+        "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
+        "tradeoff": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2),
+        "conversation": dict(turns=12, reply_ms_p95=800.0),
+        "robustness": dict(lip_r_ratio_accent=0.97, lip_r_ratio_rate=0.95, lip_r_ratio_noise=0.91),
+        "other_teacher": dict(teacher_ratio=0.96),
+        "user_study": dict(preference=0.62),
+    }
+
+
+BARS = [(name, place) for name, claim in report.CLAIMS.items() for place in range(len(claim.bars))]
+
+
+def measured(metrics, **changes):
+    """Metrics with some numbers replaced, as teacher__lip_r=0.7; None removes."""
+    metrics = {name: dict(numbers) for name, numbers in metrics.items()}
+    for where, value in changes.items():
+        file, key = where.split("__")
+        metrics[file][key] = value
+        if value is None:
+            del metrics[file][key]
+    return metrics
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name, numbers in (good() | {"ablations/no_dmd": lips(0.85), "ablations/one_step": lips(0.80)}).items():
+        config.save_json(tmp_path / "reports" / "metrics" / f"{name}.json", numbers)
+    return tmp_path
+
+
+# -------------------------------------------------------------------------------------------------------- verdicts
+def test_every_claim_of_the_paper_has_its_row_in_the_agreed_form():
+    rows = report.claims(good())
+    assert list(rows) == [f"C{n}" for n in range(1, 12)] + ["N1", "N2", "N3"]
+    for row in rows.values():
+        assert {"claim", "metric", "value", "ci95", "bar", "holds", "evidence", "scale"} <= row.keys()
+        assert row["holds"] is True and row["reason"] is None
+    assert rows["C1"]["value"] == 0.875 and rows["C1"]["ci95"] == [0.863, 0.887] and rows["C1"]["scale"] == "mini"
+    assert rows["C1"]["evidence"] == "reports/metrics/teacher.json" and rows["C1"]["metric"] == "teacher:lip_r"
+
+
+@pytest.mark.parametrize("name, place", BARS)
+def test_each_bar_alone_can_fail_its_claim(name, place):
+    bar = report.CLAIMS[name].bars[place]
+    limit = bar.bar(good()) if callable(bar.bar) else bar.bar
+    for value, holds in ((limit, bar.op != ">"), (limit - 0.01, bar.op in ("<=", "within")), (limit + 0.01, bar.op in (">=", ">"))):
+        row = report.claims(measured(good(), **{f"{bar.file}__{bar.key}": value}))[name]
+        assert row["parts"][place]["holds"] is holds and row["holds"] is holds
+        if not holds:
+            assert row["metric"] == f"{bar.file}:{bar.key}" and row["value"] == value    # the row shows what failed
+    if bar.op == "within":
+        assert report.claims(measured(good(), **{f"{bar.file}__{bar.key}": -limit - 0.01}))[name]["holds"] is False
+
+
+@pytest.mark.parametrize("name, place", BARS)
+def test_a_missing_number_is_not_measured_and_never_a_verdict(name, place):
+    bar = report.CLAIMS[name].bars[place]
+    row = report.claims(measured(good(), **{f"{bar.file}__{bar.key}": None}))[name]
+    assert row["holds"] is None and row["value"] is None and bar.key in row["reason"]
+
+
+def test_nothing_measured_gives_a_reason_for_everything():
+    rows = report.claims({})
+    assert all(row["value"] is None and row["holds"] is None and row["reason"] for row in rows.values())
+    assert "bench" in rows["C9"]["reason"]
+
+
+def test_a_metric_may_say_itself_why_it_is_missing():
+    metrics = good()
+    metrics["latency"] |= {"speedup_two_device": None, "speedup_two_device_reason": "one core was free"}
+    assert "one core was free" in report.claims(metrics)["C6"]["reason"]
+
+
+def test_a_failed_bar_decides_before_a_missing_one():
+    row = report.claims(measured(good(), teacher__lip_r=None, teacher__lip_offset_frames=3))["C1"]
+    assert row["holds"] is False and row["metric"] == "teacher:lip_offset_frames"
+
+
+def test_bars_made_of_other_numbers_follow_them():
+    at = lambda **changes: report.claims(measured(good(), **changes))
+    assert at()["C3"]["parts"][0]["bar"] == pytest.approx(0.08 * 0.31 + 0.01)
+    assert at(teacher__reader_closed_bias=0.0)["C3"]["holds"] is False
+    assert at(teacher__frechet=2.0)["C4"]["holds"] is False
+    missing = at(teacher__frechet=None)["C4"]
+    assert missing["holds"] is None and "frechet" in missing["reason"]
+
+
+def test_an_interval_across_the_bar_is_said_to_be_narrow():
+    clear = lambda **changes: report.claims(measured(good(), **changes))["C1"]
+    assert clear()["clear"] is True and report.verdict(clear()) == "holds"
+    assert report.verdict(clear(teacher__lip_r_lo=0.84)) == "holds, narrowly"
+    assert report.verdict(clear(teacher__lip_r=0.84, teacher__lip_r_lo=0.83)) == "fails, narrowly"
+    assert clear(teacher__lip_r_lo=None)["ci95"] is None
+
+
+@pytest.mark.parametrize("value", ["0.9", True, float("nan"), [0.9]])
+def test_a_value_that_is_no_number_is_refused_by_name(value):
+    with pytest.raises(UserError, match="teacher:lip_r"):
+        report.claims(measured(good(), teacher__lip_r=value))
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+@pytest.mark.parametrize("value, text", [(0.8, "0.800"), (0.02104, "0.0210"), (61.23, "61.2"), (123.4, "123"), (1234.56, "1,235"),
+                                         (0.0, "0.00"), (-3.14159, "-3.14"), (12, "12"), (1000, "1,000"), (None, "–"), ("CPU", "CPU")])
+def test_numbers_are_shown_with_three_digits(value, text):
+    assert report.shown(value) == text
+
+
+def test_a_table_says_the_same_in_three_forms(tmp_path):
+    rows = [{"name": "a_b & 50 %", "r": 0.123456, "r_lo": 0.1, "r_hi": 0.2}, {"name": "x|y", "r": None, "extra": 1}]
+    report.write_table(tmp_path, "t", rows, {"name": "run", "r": "lip r"})
+    assert (tmp_path / "t.md").read_text() == "| run | lip r |\n| --- | --- |\n| a_b & 50 % | 0.123 [0.100, 0.200] |\n| x\\|y | – |\n"
+    with (tmp_path / "t.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert float(read[0]["r"]) == 0.123456 and float(read[0]["r_hi"]) == 0.2 and read[1]["r"] == ""
+    tex = (tmp_path / "t.tex").read_text()
+    assert r"a\_b \& 50 \% & 0.123 [0.100, 0.200] \\" in tex and r"\begin{tabular}{lr}" in tex and "x|y & -- " in tex
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+DRAWINGS = {
+    "sheet": lambda path: report.contact_sheet([np.full((9, 8, 8, 3), level, np.uint8) for level in (20, 220)], ["dark", "light"], path),
+    "lips": lambda path: report.lip_trace(np.eye(2, 30) + 0.2, np.eye(2, 28) + 0.1, ["one", "two"], path),
+    "intervals": lambda path: report.intervals([("a", 0.8, 0.7, 0.9), ("b", 0.6, None, None)], path, bar=0.75),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWINGS)
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_figures_have_the_same_bytes_twice_and_tell_no_date(tmp_path, kind, suffix):
+    paths = [tmp_path / folder / (kind + suffix) for folder in "ab"]
+    for path in paths:
+        DRAWINGS[kind](path)
+    content = paths[0].read_bytes()
+    assert content == paths[1].read_bytes() and len(content) > 2_000
+    assert b"Matplotlib v" not in content and b"dc:date" not in content
+
+
+def test_a_figure_that_fails_leaves_no_file_and_the_global_style_alone(tmp_path):
+    import matplotlib
+    before = dict(matplotlib.rcParams)
+    with pytest.raises(ZeroDivisionError), report.figure(tmp_path / "a.png"):
+        1 / 0
+    assert not list(tmp_path.iterdir()) and dict(matplotlib.rcParams) == before
+
+
+def test_the_contact_sheet_shows_its_clips(tmp_path):
+    report.contact_sheet([np.full((9, 8, 8, 3), (200, 30, 30), np.uint8)], ["red"], tmp_path / "a.png", columns=2)
+    picture = media.read_image(tmp_path / "a.png", 64).reshape(-1, 3).astype(int)
+    assert (np.abs(picture - (200, 30, 30)).max(1) < 12).mean() > 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------ page
+class Page(HTMLParser):
+    """Collects what the tests ask about; complains where a tag is closed that is not open."""
+    EMPTY = {"meta", "link", "img", "rect", "line", "circle", "br", "source"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.ids, self.links, self.tags, self.words = [], [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[key] for key in ("href", "src") if key in attributes]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def furnish(root):
+    """Pictures, videos and notebooks beside the metrics."""
+    reports = root / "reports"
+    DRAWINGS["lips"](reports / "figures" / "lips.png")
+    DRAWINGS["intervals"](reports / "figures" / "a_bars.svg")
+    media.write_video(reports / "videos" / "talk.mp4", np.zeros((5, 16, 16, 3), np.uint8), np.zeros(5_000, np.float32))
+    (reports / "nb").mkdir()
+    for name in ("40_teacher.ipynb", "40_teacher.html", "90_report.ipynb"):
+        (reports / "nb" / name).write_text("{}")
+    return {"lips": "Lips <b>of</b> \"four\" & more", "talk": "A face talks."}
+
+
+def test_the_page_is_sound_html_whose_every_link_leads_somewhere(root):
+    report.build(root, furnish(root))
+    page = Page(root / "reports" / "index.html")
+    assert len(set(page.ids)) == len(page.ids)
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
+        elif not link.startswith("https://arxiv.org/"):
+            assert (root / "reports" / link.partition("#")[0]).is_file(), link
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}                 # stands alone
+    assert page.tags.count(("html", {"lang": "en"})) == 1
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+    videos = [attributes for tag, attributes in page.tags if tag == "video"]
+    assert len(videos) == 1 and "controls" in videos[0] and "autoplay" not in videos[0]
+    assert 'Lips <b>of</b> "four" & more' in page.text                                      # shown, not obeyed
+    assert page.links.index("figures/lips.png") < page.links.index("figures/a_bars.svg")    # in the order of the captions
+    assert "nb/40_teacher.html" in page.links and "nb/40_teacher.ipynb" not in page.links
+    assert "nb/90_report.ipynb" not in page.links                                           # it is not there the first time
+    assert "0.875 [0.863, 0.887]" in page.text and "14 of 14 hold, 0 fail, 0 not measured" in page.text
+
+
+def test_the_page_shows_failures_and_gaps_as_such(root):
+    (root / "reports" / "metrics" / "user_study.json").unlink()
+    config.save_json(root / "reports" / "metrics" / "teacher.json", measured(good(), teacher__lip_r_line=0.5)["teacher"])
+    report.build(root)
+    text = Page(root / "reports" / "index.html").text
+    assert "12 of 14 hold, 1 fails, 1 not measured" in text and "✗ fails" in text and "Nobody has been asked yet." in text
+    saved = json.loads((root / "reports" / "claims.json").read_text())
+    assert saved["C2"]["holds"] is False and saved["C2"]["value"] == 0.5 and saved["N3"]["value"] is None
+
+
+def test_the_same_metrics_give_the_same_bytes(root, tmp_path_factory):
+    def digest(folder):
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    other = tmp_path_factory.mktemp("other")
+    for path in sorted((root / "reports" / "metrics").rglob("*.json"), reverse=True):       # written in another order
+        copy = other / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    report.build(root)
+    first = digest(root)
+    report.build(root)
+    report.build(other)
+    assert digest(root) == first == digest(other)
+    made = {path.removeprefix("reports/") for path in first}
+    assert {"claims.json", "index.html", "figures/lip_r_of_every_run.png"} <= made
+    assert {f"tables/{t}.{kind}" for t in ("claims", "quality", "drift", "latency") for kind in ("md", "csv", "tex")} <= made
+
+
+def test_a_run_with_nothing_measured_still_has_its_page(tmp_path):
+    with pytest.raises(UserError, match="make repro"):
+        report.build(tmp_path)
+    config.save_json(tmp_path / "reports" / "metrics" / "data.json", dict(scale="smoke", seed=0, n=6))
+    report.build(tmp_path)
+    page = Page(tmp_path / "reports" / "index.html")
+    assert "0 of 14 hold" in page.text and "A smoke run." in page.text
+
+
+def test_metrics_are_read_in_one_order_whatever_the_disk_says(root, monkeypatch):
+    names = list(report.load_metrics(root))
+    listed = type(root).rglob
+    monkeypatch.setattr(type(root), "rglob", lambda self, pattern: sorted(listed(self, pattern), reverse=True))
+    assert list(report.load_metrics(root)) == names and {"teacher", "ablations/no_dmd"} <= set(names)
+
+
+def test_a_corrupt_metrics_file_is_named(root):
+    (root / "reports" / "metrics" / "student.json").write_text("{")
+    with pytest.raises(UserError, match="student.json"):
+        report.build(root)
+    assert not (root / "reports" / "index.html").exists()
+
+
+def test_every_bar_says_why():
+    for claim in report.CLAIMS.values():
+        assert all(len(bar.why) > 20 and bar.op in report.SIGNS for bar in claim.bars)

@@ -1,0 +1,164 @@
+"""Waveform -> features -> audio tokens per latent frame.
+
+What is special
+- One interface for both scales: an encoder maps 16 kHz speech to features at 50 Hz; `tokens` samples them at the video's
+  clock and cuts one window per latent frame. The miniature's encoder is trained on phonemes.
+- Exact streaming: features depend on a bounded stretch of sound, so tokens cut from a moving buffer equal those cut from
+  the whole clip, and `lookahead_samples` says how much future sound a latent frame needs.
+- Silence and *no* audio differ: silence is sound that is quiet; the null condition of guidance is all-zero tokens.
+
+Window rule (video frames): latent 0 covers [0, 1), latent k covers [4k - 3, 4k + 1), widened by `context` frames each side.
+"""
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import UserError, atomic
+
+RATE = 16_000                                    # samples per second, everywhere
+HOP = 320                                        # samples per feature: 50 Hz, as Wav2Vec2
+MEL_HOP, MEL_WINDOW = 160, 400                   # 10 ms and 25 ms
+FLOOR = 1e-5                                     # mel power that counts as silence
+
+
+@dataclass
+class SpeechConfig:
+    dim: int = 64                                # width of a feature
+    hidden: int = 96
+    layers: int = 4
+    kernel: int = 5
+    mels: int = 64
+    classes: int = 41                            # phonemes, silence included
+    fps: int = 16
+    per_frame: int = 2                           # tokens per video frame
+    context: int = 1                             # video frames of context on each side of a latent's window
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram without centring: frame i sees samples [160 i - 120, 160 i + 280), zeros outside."""
+
+    def __init__(self, mels: int):
+        super().__init__()
+        from torchaudio.functional import melscale_fbanks
+        self.register_buffer("window", torch.hann_window(MEL_WINDOW), persistent=False)
+        self.register_buffer("bank", melscale_fbanks(MEL_WINDOW // 2 + 1, 40.0, 7600.0, mels, RATE, norm="slaney"), persistent=False)
+
+    def forward(self, wave: Tensor) -> Tensor:                                # (B, n) -> (B, n // 160, mels)
+        side = (MEL_WINDOW - MEL_HOP) // 2
+        frames = F.pad(wave, (side, side)).unfold(1, MEL_WINDOW, MEL_HOP)     # (B, n // 160, 400)
+        power = torch.fft.rfft(frames * self.window).abs().square()
+        return (torch.log(power @ self.bank + FLOOR) + 4.0) / 4.0
+
+
+class SpeechEncoder(nn.Module):
+    """Residual convolutions over log-mels, 100 Hz -> 50 Hz, with a phoneme head that trains them."""
+
+    def __init__(self, cfg: SpeechConfig = SpeechConfig()):
+        super().__init__()
+        self.cfg, k = cfg, cfg.kernel
+        self.mel = LogMel(cfg.mels)
+        self.inp = nn.Conv1d(cfg.mels, cfg.hidden, 4, stride=2, padding=1)
+        self.convs = nn.ModuleList(nn.Conv1d(cfg.hidden, cfg.hidden, k, padding=k // 2) for _ in range(cfg.layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(cfg.hidden) for _ in range(cfg.layers))
+        self.out = nn.Linear(cfg.hidden, cfg.dim)
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.head = nn.Linear(cfg.dim, cfg.classes)
+
+    def features(self, wave: Tensor) -> Tensor:
+        """Waveform (B, n), n a multiple of 320 -> features (B, n / 320, dim)."""
+        x = self.inp(self.mel(wave).mT)                                       # (B, hidden, L)
+        for conv, norm in zip(self.convs, self.norms):
+            x = x + conv(F.gelu(norm(x.mT).mT))
+        return self.norm(self.out(F.gelu(x.mT)))                              # (B, L, dim)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Phoneme logits (B, n / 320, classes)."""
+        return self.head(self.features(wave))
+
+    @property
+    def reach(self) -> int:
+        """Features on either side that one feature depends on."""
+        return self.cfg.layers * (self.cfg.kernel // 2) + 2
+
+    @property
+    def tokens_per_latent(self) -> int:
+        return (4 + 2 * self.cfg.context) * self.cfg.per_frame
+
+    @property
+    def lookahead_samples(self) -> int:
+        """Sound that must be known after the end of a latent frame's last video frame."""
+        return int(self.cfg.context * RATE / self.cfg.fps) + (self.reach + 1) * HOP
+
+    def times(self, first: int, n: int) -> Tensor:
+        """When each token listens, in seconds: (n, tokens); before the clip begins, its first moment repeats."""
+        c = self.cfg
+        slot = torch.arange(self.tokens_per_latent, dtype=torch.float64) + 0.5
+        frame = 4.0 * torch.arange(first, first + n, dtype=torch.float64)[:, None] - 3 - c.context + slot / c.per_frame
+        return frame.clamp_min(0.5 / c.per_frame) / c.fps
+
+    @torch.no_grad()
+    def tokens(self, wave, first: int, n: int, start: int = 0) -> Tensor:
+        """Tokens of latent frames first .. first + n - 1.
+
+        wave: float32 (m,), whose sample 0 is sample `start` of the stream (a multiple of 320); what lies outside counts as
+        silence. Returns (n, tokens_per_latent, dim).
+        """
+        device = self.head.weight.device
+        place = self.times(first, n).to(device) * (RATE / HOP) - 0.5          # in features, (n, tokens)
+        lo = int(place.min().floor().item()) - self.reach
+        hi = int(place.max().floor().item()) + 2 + self.reach
+        feats = self.features(cut(wave, lo * HOP - start, hi * HOP - start).to(device)[None])[0]
+        left = place.floor()
+        a, b = feats[(left - lo).long()], feats[(left - lo + 1).long()]
+        return torch.lerp(a, b, (place - left).float()[..., None])            # (n, tokens, dim)
+
+    def null(self, n: int) -> Tensor:
+        """The absent condition of classifier-free guidance: zeros, which no sound gives."""
+        return torch.zeros(n, self.tokens_per_latent, self.cfg.dim, device=self.head.weight.device)
+
+
+def cut(wave, lo: int, hi: int) -> Tensor:
+    """Samples [lo, hi) of a waveform, zeros where it has none."""
+    wave = torch.as_tensor(np.asarray(wave), dtype=torch.float32) if not torch.is_tensor(wave) else wave
+    inside = wave[max(lo, 0):max(hi, 0)]
+    before = min(max(-lo, 0), hi - lo)
+    return F.pad(inside, (before, hi - lo - before - len(inside)))
+
+
+def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
+    """Training augmentation (B, n): random loudness, noise of random colour at 5-40 dB below the speech."""
+    B = wave.shape[0]
+    u = lambda lo, hi: torch.empty(B, 1).uniform_(lo, hi, generator=g)
+    noise = torch.randn(wave.shape, generator=g)
+    colour = u(0.0, 0.95)
+    noise = noise - colour * F.pad(noise, (1, 0))[:, :-1] * torch.where(u(-1, 1) > 0, 1.0, -1.0)
+    speech_rms = wave.square().mean(1, keepdim=True).sqrt()
+    noise = noise / noise.square().mean(1, keepdim=True).sqrt() * speech_rms * 10 ** (-u(5, 40) / 20)
+    return (wave + noise) * 10 ** (u(-12, 6) / 20)
+
+
+def save_encoder(encoder: SpeechEncoder, folder: Path) -> None:
+    """Writes `speech.safetensors` with its configuration inside."""
+    from safetensors.torch import save_file
+    with atomic(Path(folder) / "speech.safetensors") as tmp:
+        save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, tmp, {"config": json.dumps(asdict(encoder.cfg))})
+
+
+def load_encoder(folder: Path) -> SpeechEncoder:
+    """Reads what `save_encoder` wrote; UserError names the file that is missing or does not fit."""
+    from safetensors import safe_open
+    path = Path(folder) / "speech.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
+    try:
+        with safe_open(path, "pt") as f:
+            encoder = SpeechEncoder(SpeechConfig(**json.loads(f.metadata()["config"])))
+            encoder.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+    except Exception as e:
+        raise UserError(f"{path} is not a speech encoder of this project ({type(e).__name__}): delete it and run `make repro`") from e
+    return encoder.eval().requires_grad_(False)

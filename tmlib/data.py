@@ -1,0 +1,308 @@
+"""Clips: procedural talking faces with exact truth, and the latents and tokens that the DiT trains on.
+
+What is special
+- Every clip is a pure function of its `Spec`; splits are disjoint in sentences, voices and identities by construction.
+- Three kinds: `speaking` (sentences with pauses), `listening` (silence: closed mouth, nods) and `generic` (random motion,
+  no speech: what the base model is pretrained on).
+- `Latents` holds what a batch needs in one safetensors file per split; batches are a pure function of the step.
+"""
+import json
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import avatar, speech
+from .config import Progress, UserError, atomic
+
+STYLES = ("flat", "line", "soft3d")
+RATE = 16_000
+ZOOM, LOOK_UP = 1.25, 0.65                       # framing: the share of the drawing shown, and how much of its top is cut
+QUIET = 0.001                                    # room noise in silence: -60 dBFS
+
+
+# ---------------------------------------------------------------------------------------------------------- clips
+@dataclass(frozen=True)
+class Spec:
+    """All that determines one clip."""
+    seed: int                                    # motion, timing, choice of sentences
+    split: str                                   # which sentences and voices: train | test | natural
+    kind: str                                    # speaking | listening | generic
+    style: str
+    identity: int                                # seed of the looks; train and test use disjoint ranges
+    frames: int = 81
+    fps: int = 16
+    size: int = 64
+
+
+@dataclass
+class Clip:
+    frames: np.ndarray                           # uint8 (T, H, W, 3)
+    wave: np.ndarray                             # float32 (n,), 16 kHz
+    truth: np.ndarray                            # float32 (T, 3): opening, width, rounding
+    speaking: np.ndarray                         # bool (T,)
+    mouth: np.ndarray                            # float32 (T, 4): x0, y0, x1, y1 in pixels
+    face: np.ndarray                             # float32 (T, 4)
+    phones: list[tuple[str, float, float]]
+    voice: str
+
+
+def specs(split: str, n: int, kinds: dict[str, float], identities: int, seed: int, **shape) -> list[Spec]:
+    """n clips whose kinds stand in the given proportions, styles in turn, identities in turn."""
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+    counts = {k: int(round(n * share)) for k, share in kinds.items()}
+    names = [k for k, c in counts.items() for _ in range(c)][:n]
+    names += [next(iter(kinds))] * (n - len(names))
+    offset = 0 if split == "train" else 1_000_000                            # identities held out from training
+    out = []
+    for i, kind in enumerate(rng.permutation(names)):
+        style = STYLES[i % 3]
+        out.append(Spec(int(rng.integers(2**31)), split, str(kind), style, offset + (i // 3) % max(identities // 3, 1), **shape))
+    return out
+
+
+@lru_cache
+def word_lists() -> dict[str, tuple[list, list]]:
+    """Voices and sentences of each split, read once."""
+    voices, sentences = speech.load_voices(), speech.load_sentences()
+    return {split: (voices[split], sentences[split]) for split in voices}
+
+
+def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
+    """One voice saying sentences with pauses until the time is full: (wave (n,), phones, voice name)."""
+    voices, sentences = word_lists()[split]
+    voice = voices[rng.integers(len(voices))]
+    wave = np.zeros(int(round(seconds * RATE)), np.float32)
+    t = rng.uniform(0.1, 0.7)
+    phones = [speech.Phone("sil", 0.0, t)]
+    while t < seconds - 0.4:
+        said = speech.synthesise(sentences[rng.integers(len(sentences))], voice)
+        lo = int(t * RATE)
+        part = said.wave[:len(wave) - lo]
+        wave[lo:lo + len(part)] += part
+        phones += [speech.Phone(p.symbol, p.start + lo / RATE, p.end + lo / RATE) for p in said.phones]
+        end, t = t + len(said.wave) / RATE, t + len(said.wave) / RATE + rng.uniform(0.3, 0.9)
+        phones.append(speech.Phone("sil", end, t))
+    return wave, phones, voice.name
+
+
+def make_clip(spec: Spec) -> Clip:
+    """Speech, motion and picture of one clip."""
+    rng = np.random.default_rng(spec.seed)
+    seconds = spec.frames / spec.fps
+    if spec.kind == "speaking":
+        wave, phones, voice = talk(rng, spec.split, seconds)
+    else:
+        wave, phones, voice = np.zeros(int(round(seconds * RATE)), np.float32), [], ""
+    wave += (QUIET * rng.uniform(0.1, 1.0) * rng.standard_normal(len(wave))).astype(np.float32)
+    track = avatar.make_track(rng, phones, spec.frames, spec.fps)
+    if spec.kind == "generic":
+        track.mouth[:] = babble(rng, spec.frames)
+    identity = avatar.sample_identity(np.random.default_rng([7, spec.identity]), spec.style)
+    frames, mouth, face = portrait(identity, track, spec.size)
+    return Clip(frames, wave, track.mouth.astype(np.float32), track.speaking, mouth, face,
+                [(p.symbol, p.start, p.end) for p in phones], voice)
+
+
+def portrait(identity, track, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames uint8 (T, size, size, 3), mouth boxes and face boxes (T, 4), framed closer than the drawing: lips need pixels."""
+    full = int(size * ZOOM)
+    x, y = (full - size) // 2, int((full - size) * LOOK_UP)
+    move = lambda box: np.clip(box - np.float32([x, y, x, y]), 0, size)
+    frames = avatar.render(identity, track, full)[:, y:y + size, x:x + size]
+    return frames, move(avatar.mouth_box(identity, track, full)), move(avatar.face_box(identity, track, full))
+
+
+def babble(rng, frames: int) -> np.ndarray:
+    """Mouth motion that belongs to no speech: smooth random openings, widths and roundings (T, 3) in [0, 1]."""
+    noise = rng.standard_normal((frames + 4, 3))
+    smooth = sum(noise[i:i + frames] for i in range(5)) / np.sqrt(5)
+    return np.clip(0.35 + 0.35 * smooth, 0, 1)
+
+
+def write_split(folder: Path, name: str, todo: list[Spec], workers: int) -> dict:
+    """Renders `todo` into `folder/name/`: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz, clips.json."""
+    progress = Progress(len(todo), f"clips {name}")
+    s = todo[0]
+    with atomic(Path(folder) / name) as tmp:
+        tmp.mkdir()
+        frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (len(todo), s.frames, s.size, s.size, 3))
+        rest = {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}
+        meta = []
+        with ProcessPoolExecutor(workers) as pool:
+            for i, clip in enumerate(pool.map(make_clip, todo, chunksize=4)):
+                frames[i] = clip.frames
+                for k, v in rest.items():
+                    v.append(getattr(clip, k))
+                meta.append({**asdict(todo[i]), "voice": clip.voice, "phones": clip.phones})
+                progress.step()
+        frames.flush()
+        np.save(tmp / "wave.npy", (np.clip(np.stack(rest.pop("wave")), -1, 1) * 32767).astype(np.int16))
+        np.savez(tmp / "truth.npz", **{k: np.stack(v) for k, v in rest.items()})
+        (tmp / "clips.json").write_text(json.dumps(meta))
+    return {"clips": len(todo), "seconds": len(todo) * s.frames / s.fps,
+            "silence_fraction": round(1 - float(np.mean(np.stack(rest["speaking"]))), 4)}
+
+
+class Clips:
+    """One split as written by `write_split`, memory-mapped: index it for frames, waves and truth."""
+
+    def __init__(self, folder: Path, name: str):
+        path = Path(folder) / name
+        if not (path / "clips.json").exists():
+            raise UserError(f"{path} holds no clips: run `make repro` (stage data)")
+        self.frames = np.load(path / "frames.npy", mmap_mode="r")             # uint8 (n, T, H, W, 3)
+        self._wave = np.load(path / "wave.npy", mmap_mode="r")
+        truth = np.load(path / "truth.npz")
+        self.truth, self.speaking, self.mouth, self.face = (truth[k] for k in ("truth", "speaking", "mouth", "face"))
+        self.meta = json.loads((path / "clips.json").read_text())
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+    def wave(self, i: int) -> np.ndarray:
+        """float32 (n,), 16 kHz."""
+        return self._wave[i].astype(np.float32) / 32767
+
+    def phones(self, i: int) -> list[speech.Phone]:
+        return [speech.Phone(*p) for p in self.meta[i]["phones"]]
+
+    def where(self, **wanted) -> np.ndarray:
+        """Indices of the clips whose meta agrees: `clips.where(kind="speaking", style="flat")`."""
+        return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
+
+
+def to_float(frames) -> Tensor:
+    """uint8 (..., T, H, W, 3) -> float32 (..., 3, T, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """float (..., 3, T, H, W) in [-1, 1] -> uint8 (..., T, H, W, 3)."""
+    return ((video.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu().numpy()
+
+
+def box_map(boxes: np.ndarray, size: int, cells: int) -> np.ndarray:
+    """Boxes (..., 4) in pixels of a `size` picture -> float32 (..., cells, cells), 1 where a cell touches the box."""
+    edge = np.arange(cells) * size / cells
+    x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))
+    inside = lambda lo, hi: (edge < hi) & (edge + size / cells > lo)          # (..., cells)
+    return (inside(y0, y1)[..., :, None] & inside(x0, x1)[..., None, :]).astype(np.float32)
+
+
+def per_latent(x: np.ndarray) -> np.ndarray:
+    """Largest value in each latent frame's window: (n, T, ...) -> (n, F, ...), windows [0, 1) and [4k - 3, 4k + 1)."""
+    rest = x[:, 1:].reshape(x.shape[0], -1, 4, *x.shape[2:]).max(2)
+    return np.concatenate([x[:, :1], rest], 1)
+
+
+# -------------------------------------------------------------------------------------------------------- prompts
+def prompt(style: str | None, mode: str | None, dim: int) -> Tensor:
+    """The miniature's text encoder: one fixed random vector a word, "face <style> <mode>" -> (3, dim)."""
+    words = ["face", style or "any", mode or "any"]
+    g = lambda w: torch.Generator().manual_seed(zlib.crc32(w.encode()))
+    return torch.stack([torch.randn(dim, generator=g(w)) for w in words])
+
+
+# -------------------------------------------------------------------------------------------------------- latents
+@dataclass
+class Batch:
+    """What the DiT trains on. B clips, F latent frames; `weight` is the loss weight per latent place."""
+    z: Tensor                                    # (B, 16, F, h, w)
+    cond: Tensor                                 # (B, 20, F, h, w): mask 4 | image latents 16
+    audio: Tensor | None                         # (B, F, tokens, audio_dim); None: the model hears nothing
+    face: Tensor                                 # (B, F, h/2, w/2) face region in token units
+    weight: Tensor                               # (B, 1, F, h, w)
+    text: Tensor                                 # (B, 3, text_dim)
+    image: Tensor                                # (B, 17, image_dim)
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def each(self, fn) -> "Batch":
+        return Batch(*(None if v is None else fn(v) for v in (getattr(self, f.name) for f in fields(self))))
+
+    def repeat(self, n: int) -> "Batch":
+        return self.each(lambda v: v.repeat_interleave(n, 0))
+
+    def pick(self, index) -> "Batch":
+        return self.each(lambda v: v[index])
+
+    def to(self, device) -> "Batch":
+        return self.each(lambda v: v.to(device))
+
+    def silent(self) -> "Batch":
+        """The same clips for a model that has not met sound."""
+        return replace(self, audio=None)
+
+    def drop(self, g: torch.Generator, audio: float, text: float) -> "Batch":
+        """Condition dropout for classifier-free guidance: zeros in place of a condition, clip by clip."""
+        keep = lambda x, p: x * (torch.rand(len(x), generator=g) >= p).to(x).view(-1, *[1] * (x.dim() - 1))
+        sound = None if self.audio is None else keep(self.audio, audio)
+        return replace(self, audio=sound, text=keep(self.text, text))
+
+    def conditions(self) -> dict[str, Tensor | None]:
+        """Keyword arguments of `WanDiT.forward`."""
+        return {"text": self.text, "image": self.image, "audio": self.audio, "audio_mask": self.face}
+
+
+def condition(image_latents: Tensor) -> Tensor:
+    """Wan's 20 condition channels from the latents of [image, grey ...]: (B, 16, F, h, w) -> (B, 20, F, h, w)."""
+    mask = torch.zeros_like(image_latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, image_latents], 1)
+
+
+@torch.no_grad()
+def encode_split(clips: Clips, vae, encoder, face_encoder, text_dim: int, mouth_weight: float, what: str) -> dict[str, Tensor]:
+    """Everything a `Batch` is cut from, for a whole split: frames and sound through codec and encoders, once."""
+    T, size = clips.frames.shape[1:3]
+    n_latent = (T - 1) // 4 + 1
+    out = {k: [] for k in ("z", "image_latents", "audio", "image")}
+    progress = Progress(len(clips), f"encode {what}")
+    for lo in range(0, len(clips), 8):
+        video = to_float(clips.frames[lo:lo + 8])
+        out["z"].append(vae.encode(video))
+        out["image_latents"].append(vae.image_condition(video[:, :, :1], n_latent))
+        out["image"].append(face_encoder.tokens(video[:, :, 0]))
+        out["audio"] += [encoder.tokens(clips.wave(i), 0, n_latent)[None] for i in range(lo, min(lo + 8, len(clips)))]
+        progress.step(len(video))
+    store = {k: torch.cat(v) for k, v in out.items()}
+    cells = store["z"].shape[-1]
+    store["face"] = torch.from_numpy(per_latent(box_map(clips.face, size, cells // 2)))
+    store["weight"] = 1 + (mouth_weight - 1) * torch.from_numpy(per_latent(box_map(clips.mouth, size, cells)))[:, None]
+    mode = {"speaking": "speaking", "listening": "listening", "generic": None}
+    store["text"] = torch.stack([prompt(m["style"], mode[m["kind"]], text_dim) for m in clips.meta])
+    return store
+
+
+def save_latents(store: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+    with atomic(path) as tmp:
+        save_file({k: v.contiguous() for k, v in store.items()}, tmp)
+
+
+class Latents:
+    """One split's latents and tokens in memory; `batch(index)` cuts a `Batch`."""
+
+    def __init__(self, path: Path):
+        from safetensors.torch import load_file
+        if not Path(path).exists():
+            raise UserError(f"{path} is missing: run `make repro` (stage latents)")
+        self.store = load_file(path)
+
+    def __len__(self) -> int:
+        return len(self.store["z"])
+
+    def batch(self, index) -> Batch:
+        s = {k: v[index] for k, v in self.store.items()}
+        return Batch(s["z"], condition(s["image_latents"]), s["audio"], s["face"], s["weight"], s["text"], s["image"])
+
+    def draw(self, n: int, g: torch.Generator) -> Batch:
+        """n clips with replacement; a function of the generator's state alone, so that resuming is exact."""
+        return self.batch(torch.randint(len(self), (n,), generator=g))

@@ -1,0 +1,110 @@
+"""Stage 3: from the bidirectional many-step teacher to the sparse-causal few-step student.
+
+The training layout is the paper's: seven chunks [C_0 .. C_6] at RoPE positions 0 .. 20, one timestep shared by all of them,
+attention to {chunk 0, previous, self}. Two losses: regression onto the teacher's solution of the same noise, and distribution
+matching (DMD) against the guided teacher with a critic that learns the student's own distribution as it goes.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import flow, losses, sampling, stream
+from .config import Progress, atomic
+from .data import Batch, Latents
+from .sampling import clip_noise, denoiser
+
+
+def solve(teacher, latents: Latents, p, path: Path) -> dict[str, Tensor]:
+    """The teacher's guided ODE solutions of `p.pairs` noises: {"index" (n,), "seed" (n,), "target" (n, 16, F, h, w)}.
+
+    Written to `path`, and read from there if a killed run had got this far.
+    """
+    from safetensors.torch import load_file, save_file
+    if Path(path).exists():
+        return load_file(path)
+    g = torch.Generator().manual_seed(p.seed)
+    index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
+    seed = torch.arange(p.pairs) + 1_000_000
+    progress, target = Progress(p.pairs, "teacher solutions"), []
+    for lo in range(0, p.pairs, p.batch):
+        batch = latents.batch(index[lo:lo + p.batch])
+        noise = clip_noise(seed[lo:lo + p.batch], batch.z.shape[1:])
+        target.append(sampling.teacher(teacher, batch, noise, p.pair_steps, p.shift, p.guidance))
+        progress.step(len(batch))
+    pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
+    with atomic(path) as tmp:
+        save_file(pairs, tmp)
+    return pairs
+
+
+def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | None = None, start: Tensor | None = None) -> Tensor:
+    """The student's x_0 (B, 16, F, h, w), in the layout it is trained in; `noise(i)` is the noise of step i.
+
+    grad: the one step that keeps its gradient, and the last to run. start: clean latents to be noised to step `grad` in place of
+    the student's own estimate (the figure's "real video"). With per-step caches a chunk's context is the previous chunk at the
+    same noise level, so one masked pass over the whole sequence equals the chunk-by-chunk rollout; the other caches have to roll.
+    """
+    ts = flow.timesteps(p.steps, p.shift)
+    if p.cache != "per_step":
+        return stream.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
+    v = denoiser(dit, batch, mask="sparse_causal")
+    at = lambda t: torch.full((len(batch),), t)
+    if start is not None and grad:
+        x_t = flow.add_noise(start, noise(grad), ts[grad])
+        return flow.x0_from_v(x_t, v(x_t, at(ts[grad])), ts[grad])
+    return flow.few_step(lambda i, x_t: v(x_t, at(ts[i])), noise, ts, grad=grad)
+
+
+def drawn(shape, g: torch.Generator, first: Tensor | None = None) -> Callable[[int], Tensor]:
+    """Noise of step i from the generator, each drawn once; step 0 may be given."""
+    made = {} if first is None else {0: first}
+
+    def noise(i: int) -> Tensor:
+        if i not in made:
+            made[i] = torch.randn(shape, generator=g)
+        return made[i]
+    return noise
+
+
+def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+    """Player's loss: at a random step the student's x_0 must meet the teacher's solution, borders between chunks included."""
+    def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
+        j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)
+        batch, target = latents.batch(pairs["index"][j]), pairs["target"][j]
+        noise = drawn(target.shape, g, first=clip_noise(pairs["seed"][j], target.shape[1:]))
+        x = student(dit, batch, noise, p, grad=step % p.steps)
+        regression = losses.weighted_mse(x, target, batch.weight)
+        border = losses.border(x, target, p.chunk, batch.weight)
+        return {"loss": regression + p.border_weight * border, "regression": regression, "border": border}
+    return loss
+
+
+def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Tensor], p):
+    """The two players of DMD: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression."""
+    regress = regression_loss(dit, latents, pairs, p)
+
+    def sample(g: torch.Generator, grad: int | None) -> tuple[Batch, Tensor]:
+        batch = latents.draw(p.batch, g)
+        real = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
+        return batch, student(dit, batch, drawn(batch.z.shape, g), p, grad, start=real)
+
+    def student_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
+        batch, x = sample(g, grad=step // p.critic_steps % p.steps)
+        t = flow.random_timesteps(len(batch), p.shift, g, low=20, high=980)
+        with torch.no_grad():
+            x_t = flow.add_noise(x, torch.randn(x.shape, generator=g), t)
+            real = flow.x0_from_v(x_t, denoiser(teacher, batch, p.guidance)(x_t, t), t)
+            fake = flow.x0_from_v(x_t, denoiser(critic, batch)(x_t, t), t)
+        match = losses.dmd(x, real, fake, batch.weight)
+        reg = regress(g, step)
+        return {"loss": match + p.regression_weight * reg["loss"], "dmd": match, "regression": reg["regression"],
+                "gap": (fake - real).abs().mean()}
+
+    def critic_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            batch, x = sample(g, grad=None)
+        t = flow.random_timesteps(len(batch), p.shift, g)
+        return {"loss": losses.flow_matching(denoiser(critic, batch), x, torch.randn(x.shape, generator=g), t, batch.weight)}
+    return student_loss, critic_loss

@@ -1,0 +1,116 @@
+"""Generated video against the truth: one `score` for teacher, student and every ablation.
+
+Lips are read from pixels by the `LipReader`; beside them stand the codec's ceiling (the same reader on encoded and decoded
+truth), the shuffled control (somebody else's speech), the offset, and what the reader itself gets wrong on closed mouths.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import flow, metrics
+from .config import Progress
+from .data import STYLES, Clips, Latents, to_float, to_uint8
+from .sampling import clip_noise, denoiser
+
+
+@dataclass
+class Bench:
+    """A held-out split with the networks that judge it."""
+    clips: Clips
+    latents: Latents
+    vae: torch.nn.Module
+    lips: torch.nn.Module
+    face: torch.nn.Module
+
+    def videos(self, make, batch_size: int, what: str) -> np.ndarray:
+        """make(batch, indices) -> latents, over the split; returns uint8 (n, T, H, W, 3)."""
+        progress, out = Progress(len(self.latents), what), []
+        for lo in range(0, len(self.latents), batch_size):
+            index = torch.arange(lo, min(lo + batch_size, len(self.latents)))
+            with torch.no_grad():
+                z = make(self.latents.batch(index), index.tolist())
+                out.append(to_uint8(self.vae.decode(z)[0]))
+            progress.step(len(index))
+        return np.concatenate(out)
+
+    def read(self, video: np.ndarray) -> np.ndarray:
+        """Mouth opening, width, rounding read from uint8 video (n, T, H, W, 3): (n, T, 3)."""
+        return np.concatenate([self.lips.read(to_float(v[None])).numpy() for v in video])
+
+    def features(self, video: np.ndarray, every: int = 4) -> np.ndarray:
+        """Face features of every fourth frame: (n, T / 4, dim)."""
+        with torch.no_grad():
+            return np.stack([self.face.features(to_float(v[::every]).movedim(1, 0)).numpy() for v in video])
+
+    def ceiling(self) -> np.ndarray:
+        """The codec's own video: truth encoded and decoded; no model can exceed its scores."""
+        return self.videos(lambda batch, _: batch.z, 16, "codec ceiling")
+
+
+def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
+    """Lip correlation on speaking clips, per style too, with its controls; also the per-clip values."""
+    clips = bench.clips
+    speaking = clips.where(kind="speaking")
+    got, truth = read[speaking, :, 0], clips.truth[speaking, :, 0]
+    r = metrics.lip_r(got, truth)
+    out = metrics.interval("lip_r", r)
+    out["lip_r_shuffled"] = float(metrics.lip_r(got, np.roll(truth, 1, axis=0)).mean())
+    out["lip_offset_frames"] = metrics.lip_offset(got, truth)
+    out["lip_width_r"] = float(metrics.lip_r(read[speaking, :, 1], clips.truth[speaking, :, 1]).mean())
+    out["lip_opening_mae"] = float(np.abs(got - truth).mean())
+    for style in STYLES:
+        of_style = np.isin(speaking, clips.where(style=style))
+        if of_style.any():
+            out |= metrics.interval(f"lip_r_{style}", r[of_style])
+    return out, r
+
+
+def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
+    """Mean opening and motion while listening, beside the speaking mean and the reader's own error on closed mouths."""
+    clips = bench.clips
+    listening, speaking = clips.where(kind="listening"), clips.where(kind="speaking")
+    if not len(listening):
+        return {}
+    bias = float(bench.read(clips.frames[listening])[..., 0].mean())
+    quiet, loud = float(read[listening, :, 0].mean()), float(read[speaking, :, 0].mean())
+    moved = lambda v: float(metrics.frame_difference(v).mean())
+    return {"listening_opening_mean": quiet, "speaking_opening_mean": loud, "reader_closed_bias": bias,
+            "listening_excess": (quiet - bias) / loud, "listening_motion": moved(video[listening]),
+            "listening_motion_real": moved(clips.frames[listening])}
+
+
+def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All numbers of generated video uint8 (n, T, H, W, 3): (flat dict, per-clip lip r, read mouths (n, T, 3))."""
+    clips = bench.clips
+    read = bench.read(video)
+    out, r = lip_scores(read, bench)
+    out |= silence_scores(read, bench, video)
+    out |= metrics.interval("border_ratio", metrics.border_ratio(video, chunk))
+    out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
+    out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
+    out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
+    real, made = bench.features(clips.frames), bench.features(video)
+    out["frechet"] = metrics.frechet(made.reshape(-1, made.shape[-1]), real.reshape(-1, real.shape[-1]))
+    out["identity_distance"] = float(metrics.cosine_distance(made, real[:, :1]).mean())
+    out["n"] = len(video)
+    return out, r, read
+
+
+@torch.no_grad()
+def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (100, 300, 500, 700, 900), batch_size: int = 16) -> np.ndarray:
+    """Flow-matching loss of every clip on a fixed grid of noise levels with fixed noise: (n,). Compare models on the same split."""
+    out = []
+    for lo in range(0, len(latents), batch_size):
+        index = torch.arange(lo, min(lo + batch_size, len(latents)))
+        batch = latents.batch(index)
+        batch = batch if sound else batch.silent()
+        v = denoiser(dit, batch)
+        total = 0.0
+        for t in levels:
+            eps = clip_noise([1000 * int(i) + int(t) for i in index], batch.z.shape[1:])
+            t = torch.full((len(index),), float(t))
+            error = (v(flow.add_noise(batch.z, eps, t), t) - (eps - batch.z)).square() * batch.weight
+            total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
+        out.append(total / len(levels))
+    return torch.cat(out).numpy()

@@ -1,0 +1,131 @@
+"""What is measured, as plain functions of arrays: lips, silence, borders, drift, fidelity, latency.
+
+Every number is per clip first, then averaged; intervals are 95 % bootstraps over held-out clips (pooling flatters).
+"""
+import numpy as np
+
+
+# ----------------------------------------------------------------------------------------------------------- lips
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two traces (T,); 0 when either stands still."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm > 1e-9 else 0.0
+
+
+def lip_r(read: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Per-clip correlation of mouth openings: read and truth (n, T) -> (n,)."""
+    return np.array([pearson(r, t) for r, t in zip(read, truth)])
+
+
+def lip_offset(read: np.ndarray, truth: np.ndarray, reach: int = 5) -> int:
+    """Shift in frames at which the clips' mean correlation peaks; positive: the picture is late."""
+    T = truth.shape[1]
+    mean = lambda s: np.mean([pearson(r[max(s, 0):T + min(s, 0)], t[max(-s, 0):T - max(s, 0)]) for r, t in zip(read, truth)])
+    shifts = range(-reach, reach + 1)
+    return int(max(shifts, key=mean))
+
+
+def bootstrap(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of per-clip values (n,) and its 95 % interval (mean, lo, hi)."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    lo, hi = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return float(values.mean()), float(lo), float(hi)
+
+
+def bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Ratio of means over the same clips, with its 95 % interval."""
+    draws = np.random.default_rng(seed).integers(len(top), size=(n, len(top)))
+    lo, hi = np.percentile(top[draws].mean(1) / bottom[draws].mean(1), [2.5, 97.5])
+    return float(top.mean() / bottom.mean()), float(lo), float(hi)
+
+
+def interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """{name, name_lo, name_hi} of per-clip values."""
+    mean, lo, hi = bootstrap(values)
+    return {name: mean, f"{name}_lo": lo, f"{name}_hi": hi}
+
+
+# --------------------------------------------------------------------------------------------------------- motion
+def frame_difference(video: np.ndarray) -> np.ndarray:
+    """Mean absolute change from frame to frame: uint8 (n, T, H, W, 3) -> (n, T - 1)."""
+    return np.stack([np.abs(np.diff(v.astype(np.int16), axis=0)).mean((1, 2, 3)) for v in video])
+
+
+def borders(frames: int, chunk: int) -> np.ndarray:
+    """Indices d such that frames d and d + 1 belong to different chunks (chunk 0: 1 + 4 (chunk - 1) frames)."""
+    return np.arange(4 * (chunk - 1), frames - 1, 4 * chunk)
+
+
+def border_ratio(video: np.ndarray, chunk: int) -> np.ndarray:
+    """Per clip: mean frame difference across chunk borders over that inside chunks; (n,)."""
+    d = frame_difference(video)
+    at = np.zeros(d.shape[1], bool)
+    at[borders(video.shape[1], chunk)] = True
+    return d[:, at].mean(1) / np.maximum(d[:, ~at].mean(1), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- fidelity
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """dB per clip, of uint8 videos (n, T, H, W, 3)."""
+    mse = np.array([((x.astype(np.float32) - y) ** 2).mean() for x, y in zip(a, b)])
+    return 10 * np.log10(255.0 ** 2 / np.maximum(mse, 1e-6))
+
+
+def ssim(a: np.ndarray, b: np.ndarray, window: int = 8) -> float:
+    """Structural similarity (Wang et al. 2004) on grey block windows of uint8 frames (N, H, W, 3)."""
+    grey = lambda x: (x.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]))
+    def blocks(x):
+        N, H, W = x.shape
+        return x[:, :H // window * window, :W // window * window].reshape(N, H // window, window, W // window, window).transpose(0, 1, 3, 2, 4).reshape(N, -1, window ** 2)
+    x, y = blocks(grey(a)), blocks(grey(b))
+    mx, my = x.mean(-1), y.mean(-1)
+    cov = (x * y).mean(-1) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    s = (2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (x.var(-1) + y.var(-1) + c2))
+    return float(s.mean())
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two Gaussians fitted to features (n, d) and (m, d) of our own face encoder (not FID)."""
+    mean = a.mean(0) - b.mean(0)
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    w, u = np.linalg.eigh(ca)
+    root = (u * np.sqrt(np.maximum(w, 0))) @ u.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cb @ root), 0)).sum()
+    return float(mean @ mean + np.trace(ca) + np.trace(cb) - 2 * cross)
+
+
+# ---------------------------------------------------------------------------------------------------------- drift
+def lab(frames: np.ndarray) -> np.ndarray:
+    """Mean CIE Lab colour of uint8 frames (N, H, W, 3): (N, 3)."""
+    x = frames.reshape(len(frames), -1, 3).astype(np.float64) / 255
+    x = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
+    xyz = x @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]) / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1).mean(1)
+
+
+def sharpness(frames: np.ndarray) -> np.ndarray:
+    """Mean absolute Laplacian of grey frames uint8 (N, H, W, 3): (N,)."""
+    g = frames.astype(np.float32).mean(-1)
+    return np.abs(4 * g[:, 1:-1, 1:-1] - g[:, :-2, 1:-1] - g[:, 2:, 1:-1] - g[:, 1:-1, :-2] - g[:, 1:-1, 2:]).mean((1, 2))
+
+
+def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 - cos of features (n, d) and (n, d) or (d,)."""
+    return 1 - (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)
+
+
+def slope(values: np.ndarray, x: np.ndarray | None = None) -> float:
+    """Least-squares slope of values over x (default: their index)."""
+    x = np.arange(len(values)) if x is None else np.asarray(x)
+    return float(np.polyfit(x, values, 1)[0])
+
+
+# -------------------------------------------------------------------------------------------------------- latency
+def latency(seconds: list[float], name: str) -> dict[str, float]:
+    """Milliseconds at the 50th and 95th percentile of timed runs, warm-up already excluded."""
+    p50, p95 = np.percentile(np.asarray(seconds) * 1e3, [50, 95])
+    return {f"{name}_ms_p50": float(p50), f"{name}_ms_p95": float(p95)}

@@ -1,0 +1,119 @@
+"""Networks that look at frames: the lip reader that measures, and the face encoder that conditions and compares.
+
+What is special
+- `LipReader` measures the mouth's three truths (opening, width, rounding) from pixels. It is a ruler, trained on renders,
+  never shown to any generator; its own error on held-out renders stands beside every number that it produces.
+- `FaceEncoder` stands where Wan has CLIP: 16 patch tokens and one pooled token of the reference picture. Its pooled
+  feature is also the space of the identity distance and of the Frechet distance (ours; not FID).
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import UserError, atomic
+
+TRUTHS = ("opening", "width", "rounding")
+
+
+def trunk(widths: tuple[int, ...]) -> nn.Sequential:
+    """Stride-2 convolutions: (N, 3, H, W) -> (N, widths[-1], H / 2^n, W / 2^n)."""
+    layers, c = [], 3
+    for w in widths:
+        layers += [nn.Conv2d(c, w, 3, stride=2, padding=1), nn.GroupNorm(8, w), nn.GELU()]
+        c = w
+    return nn.Sequential(*layers)
+
+
+class LipReader(nn.Module):
+    """Frames (N, 3, 64, 64) in [-1, 1] -> (N, 3) opening, width, rounding."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 96)):
+        super().__init__()
+        self.trunk, self.hidden, self.out = trunk(widths), nn.Linear(widths[-1] * 64, 128), nn.Linear(128, 3)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(self.trunk(at_64(frames)).flatten(1))))
+
+    @torch.no_grad()
+    def read(self, video: Tensor) -> Tensor:
+        """Video (B, 3, T, H, W) -> (B, T, 3)."""
+        B, _, T = video.shape[:3]
+        frames = video.movedim(2, 1).flatten(0, 1)
+        return torch.cat([self(f) for f in frames.split(512)]).view(B, T, 3)
+
+
+class FaceEncoder(nn.Module):
+    """Frames (N, 3, 64, 64) in [-1, 1] -> 4x4 patch features and one pooled feature, trained to tell identities apart."""
+
+    def __init__(self, identities: int, dim: int = 64, widths: tuple[int, ...] = (32, 64, 96)):
+        super().__init__()
+        self.trunk = trunk((*widths, dim))
+        self.head = nn.Linear(dim, identities)
+        self.register_buffer("centre", torch.zeros(dim))                      # of pooled features on training frames
+        self.register_buffer("precision", torch.eye(dim))
+        self.register_buffer("radius", torch.tensor(float("inf")))            # Mahalanobis distance of the farthest seen
+
+    def maps(self, frames: Tensor) -> Tensor:
+        return self.trunk(at_64(frames))                                      # (N, dim, 4, 4)
+
+    def features(self, frames: Tensor) -> Tensor:
+        """Pooled feature (N, dim)."""
+        return self.maps(frames).mean((2, 3))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Identity logits (N, identities)."""
+        return self.head(self.features(frames))
+
+    @torch.no_grad()
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Reference pictures (N, 3, H, W) -> image tokens (N, 17, dim): pooled first, then 16 patches."""
+        maps = self.maps(frames)
+        return torch.cat([maps.mean((2, 3))[:, None], maps.flatten(2).mT], 1)
+
+    @torch.no_grad()
+    def set_world(self, features: Tensor) -> None:
+        """Remembers where training pictures (n, dim) lie, for `in_world`."""
+        self.centre.copy_(features.mean(0))
+        cov = torch.cov(features.T) + 1e-3 * torch.eye(features.shape[1]) * features.var(0).mean()
+        self.precision.copy_(torch.linalg.inv(cov))
+        self.radius.copy_(1.2 * self.distance(features).max())
+
+    def distance(self, features: Tensor) -> Tensor:
+        d = features - self.centre
+        return (d @ self.precision * d).sum(1).sqrt()
+
+    @torch.no_grad()
+    def in_world(self, frame: Tensor) -> bool:
+        """Whether a picture (3, H, W) in [-1, 1] looks like those of the miniature's world."""
+        return bool(self.distance(self.features(frame[None]))[0] <= self.radius)
+
+
+def at_64(frames: Tensor) -> Tensor:
+    """Any square size -> 64x64, so that one reader serves every scale."""
+    return frames if frames.shape[-1] == 64 else F.interpolate(frames, size=(64, 64), mode="area")
+
+
+def save_readers(lips: LipReader, face: FaceEncoder, folder: Path) -> None:
+    from safetensors.torch import save_file
+    parts = {f"{name}.{k}": v.contiguous() for name, m in (("lips", lips), ("face", face)) for k, v in m.state_dict().items()}
+    with atomic(Path(folder) / "readers.safetensors") as tmp:
+        save_file(parts, tmp, {"identities": json.dumps(face.head.out_features)})
+
+
+def load_readers(folder: Path) -> tuple[LipReader, FaceEncoder]:
+    """Reads what `save_readers` wrote; UserError names the file that is missing or does not fit."""
+    from safetensors import safe_open
+    path = Path(folder) / "readers.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
+    try:
+        with safe_open(path, "pt") as f:
+            nets = {"lips": LipReader(), "face": FaceEncoder(json.loads(f.metadata()["identities"]))}
+            for name, net in nets.items():
+                net.load_state_dict({k.split(".", 1)[1]: f.get_tensor(k) for k in f.keys() if k.startswith(name + ".")})
+    except Exception as e:
+        raise UserError(f"{path} does not hold this project's readers ({type(e).__name__}): delete it and run `make repro`") from e
+    return tuple(net.eval().requires_grad_(False) for net in nets.values())

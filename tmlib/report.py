@@ -1,0 +1,350 @@
+"""From metrics to claims, tables, figures and one page. Nothing here runs a model: every number is read from a JSON file.
+
+CLAIMS, just below, is all that decides whether a claim holds: which number of which file, compared with what, and why that.
+A verdict is computed, never typed in; a claim that fails is shown as failed, one without its number as not measured.
+The same metrics give the same bytes.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import config
+from .config import UserError, atomic
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One comparison: number `key` of reports/metrics/`file`.json against `bar`, a number or a function of all metrics."""
+    file: str
+    key: str
+    op: str                             # ">=", ">", "<=" or "within" (-bar .. bar)
+    bar: float | Callable[[dict], float]
+    why: str                            # this bar and no other
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    bars: tuple[Bar, ...]               # all must be cleared
+    pending: str = ""                   # why it may not have been measured yet
+
+
+def quiet(m: dict) -> float:
+    return 0.08 * m["speaking_opening_mean"] + m["reader_closed_bias"]
+
+
+SHUT = "mouth opening while listening; allowed: 8 % of that in speech, plus what the reader sees on truly closed mouths"
+NOISE = "5 % is more than two runs of the same differ by"
+
+CLAIMS = {
+    "C1": Claim("A video model that has only met pictures learns to move its lips to speech it has never heard.", (
+        Bar("teacher", "lip_r", ">=", 0.85, "lip r, all unseen; the codec allows about 0.92, an untuned trial had 0.86"),
+        Bar("teacher", "lip_r_shuffled", "within", 0.10, "lip r against another's speech: no moving mouth may fit that"),
+        Bar("teacher", "lip_offset_frames", "within", 1, "shift at the best fit; ITU-R BT.1359 accepts one frame, 62 ms"))),
+    "C2": Claim("It does so in every style: flat (anime), line-shaded, and soft 3D, which stands in for photographs.", tuple(
+        Bar("teacher", f"lip_r_{style}", ">=", 0.80, f"lip r, {style}; a single style may lose a little more than all together")
+        for style in ("flat", "line", "soft3d"))),
+    "C3": Claim("Speaking and listening are both natural, and it turns from one to the other live.", (
+        Bar("teacher", "listening_opening_mean", "<=", lambda m: quiet(m["teacher"]), f"teacher: {SHUT}"),
+        Bar("student", "listening_opening_mean", "<=", lambda m: quiet(m["student"]), f"student: {SHUT}"),
+        Bar("student", "toggle_latency_frames", "<=", 12, "frames until the mouth follows a change; a chunk is twelve"))),
+    "C4": Claim("Distilled to two denoising steps, the student keeps the teacher's quality.", (
+        Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a twentieth is about as wide as the interval"),
+        Bar("student", "steps", "<=", 2, "denoising steps; the paper has two"),
+        Bar("student", "frechet", "<=", lambda m: 1.25 * m["teacher"]["frechet"], "Fréchet distance; 1.25 times the teacher's"))),
+    "C5": Claim("Sparse-causal attention streams without end and without piling up errors.", (
+        Bar("streaming", "lip_r_last_minute", ">=", lambda m: m["streaming"]["lip_r_first_minute"] - 0.03,
+            "lip r in the last minute; that of the first, less a typical interval"),
+        Bar("streaming", "chunks", ">=", 1000, "chunks in one stream; a thousand are twelve and a half minutes"),
+        Bar("streaming", "drift_color_1000", "<=", lambda m: m["streaming"]["drift_color_10"] + 2.3,
+            "Lab colour distance to the picture at chunk 1000; 2.3 above that at chunk 10 is just noticeable"),
+        Bar("streaming", "drift_sharpness_1000", ">=", lambda m: 0.9 * m["streaming"]["drift_sharpness_10"],
+            "sharpness at chunk 1000; at most a tenth below that at chunk 10"),
+        Bar("streaming", "drift_identity_1000", "<=", lambda m: 1.25 * m["streaming"]["drift_identity_10"],
+            "distance to the picture's face features at chunk 1000; at most a quarter above that at chunk 10"),
+        Bar("student", "border_ratio", "<=", lambda m: 1.5 * m["student"]["border_ratio_real"],
+            "picture change across chunk borders over that inside chunks; at most half above real clips"))),
+    "C6": Claim("Putting DiT and decoder on two devices raises the frame rate.", (
+        Bar("latency", "speedup_two_device", ">=", 1.05, f"frame rate on two devices over one; {NOISE}"),),
+        "needs two devices, or two processes, timed by notebook 65"),
+    "C7": Claim("Overlapping the transfer with computation raises it further.", (
+        Bar("latency", "speedup_overlap", ">=", 1.05, f"frame rate with overlap over without; {NOISE}"),),
+        "needs CUDA streams, timed by notebook 65"),
+    "C8": Claim("Leaving out all repeated computation raises it further.", (
+        Bar("latency", "speedup_no_recompute", ">=", 1.05, f"frame rate, embeddings kept over made anew; {NOISE}"),
+        Bar("latency", "speedup_kv_cache", ">=", 1.05, f"frame rate with cached keys and values over without; {NOISE}"))),
+    "C9": Claim("At full size, chunk 3 with 2 steps is real-time on one H100-class GPU; chunk 7 with 4 steps is not.", (
+        Bar("full_size", "chunk3_steps2_fps", ">=", 16, "frames per second at chunk 3, 2 steps; Wan2.1 plays 16"),
+        Bar("full_size", "chunk7_steps4_fps", "<=", 16, "the same at chunk 7, 4 steps, which needs more than one GPU")),
+        "needs an H100-class GPU: python -m tmlib.bench"),
+    "C10": Claim("More steps and larger chunks raise quality, and cost.", (
+        Bar("tradeoff", "steps_quality_gain", ">", 0, "lip r gained from 2 to 4 steps; any"),
+        Bar("tradeoff", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7; any"),
+        Bar("tradeoff", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over 2; {NOISE}"),
+        Bar("tradeoff", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over 3; {NOISE}")),
+        "needs students of other steps and chunks"),
+    "C11": Claim("An audio language model drives it in a live conversation.", (
+        Bar("conversation", "turns", ">=", 10, "turns in one conversation; enough to go back and forth"),
+        Bar("conversation", "reply_ms_p95", "<=", 1000, "time until a reply begins; people wonder after a second")),
+        "no audio language model is connected yet"),
+    "N1": Claim("Lips survive foreign accents, slow and fast speech, and background noise.", tuple(
+        Bar("robustness", f"lip_r_ratio_{kind}", ">=", 0.9, f"lip r with {kind} over that without; a tenth may be lost")
+        for kind in ("accent", "rate", "noise")), "the robustness sweep has not been run"),
+    "N2": Claim("The distillation also works from a teacher of another architecture.", (
+        Bar("other_teacher", "teacher_ratio", ">=", 0.95, "lip r over its teacher's, as in C4"),),
+        "no second teacher has been trained"),
+    "N3": Claim("People who do not know which is which prefer it to the baseline, side by side.", (
+        Bar("user_study", "preference", ">", 0.5, "share of blind votes for it; half is chance"),),
+        "nobody has been asked yet"),
+}
+
+NOTEBOOKS = {"data": "10_data", "foundations": "20_foundations", "adaptation": "30_adaptation", "teacher": "40_teacher",
+             "student": "50_distillation", "streaming": "60_streaming", "latency": "65_latency"}
+
+
+# --------------------------------------------------------------------------------------------------------- claims
+def load_metrics(root: Path) -> dict[str, dict]:
+    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics."""
+    folder = root / "reports" / "metrics"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not there yet; run `make repro`, which measures before it reports")
+    return {p.relative_to(folder).with_suffix("").as_posix(): config.load_json(p) for p in sorted(folder.rglob("*.json"))}
+
+
+def claims(metrics: dict[str, dict]) -> dict[str, dict]:
+    """CLAIMS judged by metrics, in the form of reports/claims.json. `parts` has every bar, the claim itself the deciding one:
+    the first one missed, else the first not measured, else the first. `clear`: the whole interval is on that side."""
+    return {name: _judge(claim, metrics) for name, claim in CLAIMS.items()}
+
+
+def _judge(claim: Claim, metrics: dict[str, dict]) -> dict:
+    parts = [_compare(bar, metrics) for bar in claim.bars]
+    decides = next((p for verdict in (False, None) for p in parts if p["holds"] is verdict), parts[0])
+    reason = "; ".join(filter(None, (claim.pending if decides["holds"] is None else "", decides["reason"])))
+    scale = metrics.get(decides["metric"].partition(":")[0], {}).get("scale")
+    return {"claim": claim.text, **decides, "reason": reason or None, "scale": scale, "parts": parts}
+
+
+def _compare(bar: Bar, metrics: dict[str, dict]) -> dict:
+    row = {"metric": f"{bar.file}:{bar.key}", "value": None, "ci95": None, "bar": None if callable(bar.bar) else bar.bar,
+           "comparison": bar.op, "why": bar.why, "holds": None, "clear": None, "reason": None,
+           "evidence": f"reports/metrics/{bar.file}.json"}
+    measured = {name: {k: v for k, v in m.items() if v is not None} for name, m in metrics.items()}
+    try:
+        value = _number(measured[bar.file][bar.key], row["metric"])
+        row["bar"] = _number(bar.bar(measured) if callable(bar.bar) else bar.bar, row["metric"])
+    except KeyError as missing:
+        told = metrics.get(bar.file, {}).get(f"{bar.key}_reason")
+        return row | {"reason": told or f"reports/metrics has no {missing.args[0]} yet"}
+    ends = [measured[bar.file].get(f"{bar.key}_{end}") for end in ("lo", "hi")]
+    row |= {"value": value, "holds": passes(value, bar.op, row["bar"])}
+    if None not in ends:
+        row |= {"ci95": ends, "clear": all(passes(end, bar.op, row["bar"]) == row["holds"] for end in ends)}
+    return row
+
+
+SIGNS = {">=": "≥", ">": ">", "<=": "≤", "within": "±"}
+
+
+def passes(value: float, op: str, bar: float) -> bool:
+    return {">=": value >= bar, ">": value > bar, "<=": value <= bar, "within": abs(value) <= bar}[op]
+
+
+def _number(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{where} is {value!r}, not a number; run its stage again")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+def shown(value) -> str:
+    """A value for people: three significant digits."""
+    if not isinstance(value, float):
+        return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def _cell(row: dict, key: str) -> str:
+    lo, hi = row.get(f"{key}_lo"), row.get(f"{key}_hi")
+    return shown(row.get(key)) + (f" [{shown(lo)}, {shown(hi)}]" if lo is not None and hi is not None else "")
+
+
+def write_table(folder, name: str, rows: list[dict], headings: dict[str, str]) -> list[list[str]]:
+    """Rows as folder/name.md, .csv and .tex; returns the cells, headings first.
+
+    headings: key -> heading, in order; key_lo and key_hi become its interval.
+    """
+    grid = [list(headings.values()), *([_cell(row, key) for key in headings] for row in rows)]
+    marked = [[cell.replace("|", "\\|") for cell in line] for line in grid]
+    marked.insert(1, ["---"] * len(headings))
+    text = io.StringIO()
+    raw = [k for key in headings for k in (key, f"{key}_lo", f"{key}_hi") if k == key or any(k in row for row in rows)]
+    writer = csv.DictWriter(text, raw, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    head, *body = [" & ".join(map(_tex, line)) + r" \\" for line in grid]
+    tex = [rf"\begin{{tabular}}{{l{'r' * (len(grid[0]) - 1)}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"]
+    _write(Path(folder) / f"{name}.md", "".join(f"| {' | '.join(line)} |\n" for line in marked))
+    _write(Path(folder) / f"{name}.csv", text.getvalue())
+    _write(Path(folder) / f"{name}.tex", "\n".join(tex) + "\n")
+    return grid
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "<": "$<$", ">": "$>$",
+               "≥": r"$\geq$", "≤": r"$\leq$", "±": r"$\pm$"} | {c: "\\" + c for c in "&%$#_{}"}
+    return "".join(special.get(c, c) for c in text)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
+           "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled", "lip_r_ceiling": "codec's ceiling",
+           "lip_offset_frames": "offset, frames", "listening_opening_mean": "opening, listening",
+           "border_ratio": "border ratio", "psnr_db": "PSNR, dB", "frechet": "Fréchet"}
+DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sharpness", "drift_identity": "identity"}
+CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdict": "verdict", "reason": "why not measured"}
+
+
+def tables(metrics: dict[str, dict], verdicts: dict[str, dict]) -> dict[str, tuple]:
+    """The tables that metrics can fill: name -> (rows, headings)."""
+    judged = [row | {"name": name, "verdict": verdict(row), "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
+              | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
+    runs = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
+    quality = [metrics[n] | {"name": n.replace("ablations/", "").replace("_", " ")} for n in runs]
+    stream = metrics.get("streaming", {})
+    drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
+    times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
+    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "drift": (drift if stream else [], DRIFT),
+            "latency": (times, {"name": "", "value": "local run"})}
+    return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
+            for name, (rows, heads) in made.items() if rows}
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+@contextmanager
+def figure(path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3), **subplots):
+    """`with figure(path) as (fig, axes):` draws in the house style and saves path (.png or .svg), the same bytes each time."""
+    from matplotlib import cycler, rc_context
+    from matplotlib.figure import Figure
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")    # Okabe and Ito: safe for the colour-blind
+    look = {"font.size": 9, "font.family": "DejaVu Sans", "axes.titlesize": 9, "axes.titlelocation": "left", "axes.grid": True,
+            "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#e6e6e6", "axes.axisbelow": True,
+            "legend.frameon": False, "savefig.dpi": 160, "svg.hashsalt": "talkingmachines", "axes.prop_cycle": cycler(color=colours)}
+    clean = {"Date": None, "Creator": None} if Path(path).suffix == ".svg" else {"Software": None}
+    with rc_context(look):
+        fig = Figure(figsize=size, layout="constrained")
+        yield fig, fig.subplots(rows, columns, **subplots)
+        with atomic(path) as temporary:
+            fig.savefig(temporary, metadata=clean)
+
+
+def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16) -> None:
+    """Clips uint8 (T, H, W, 3), one a row, at `columns` moments spread over the shortest."""
+    moments = np.linspace(0, min(map(len, clips)) - 1, columns).round().astype(int)
+    with figure(path, len(clips), columns, (columns * 0.95, len(clips) * 1.0 + 0.25), squeeze=False) as (fig, axes):
+        for row, clip, label in zip(axes, clips, labels):
+            for ax, moment in zip(row, moments):
+                ax.imshow(clip[moment], interpolation="lanczos")
+                ax.set(xticks=[], yticks=[], title=f"{moment / fps:.1f} s" if ax in axes[0] else "")
+                ax.spines[:].set_visible(False)
+            row[0].set_ylabel(label)
+
+
+def lip_trace(truth: np.ndarray, made: np.ndarray, labels: list[str], path, fps: int = 16) -> None:
+    """Mouth opening over time, truth against generated: both (n, T), one panel a clip."""
+    with figure(path, len(labels), 1, (7, 1.25 * len(labels) + 0.4), sharex=True, sharey=True, squeeze=False) as (fig, axes):
+        for ax, true, got, label in zip(axes[:, 0], truth, made, labels):
+            seconds = np.arange(len(true)) / fps
+            ax.fill_between(seconds, true, color="#b9c2cc", linewidth=0, label="truth")
+            ax.plot(seconds[:len(got)], got, linewidth=1.4, color="#d55e00", label="generated")
+            ax.set(title=label, ylim=(0, None), ylabel="opening")
+        axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+        axes[-1, 0].set(xlabel="seconds", xlim=(0, truth.shape[1] / fps))
+
+
+def curves(history: list[dict], keys: list[str], path) -> None:
+    """Training numbers over steps, one panel a key, logarithmic; history: what `train.train` returns."""
+    with figure(path, 1, len(keys), (3.2 * len(keys) + 0.6, 2.2), squeeze=False) as (fig, axes):
+        for ax, key in zip(axes[0], keys):
+            points = [(h["step"], h[key]) for h in history if key in h]
+            ax.plot(*zip(*points), linewidth=1.2)
+            ax.set(title=key.replace("_", " "), xlabel="step", yscale="log")
+
+
+def intervals(rows: list[tuple], path, label: str = "lip r", bar: float | None = None) -> None:
+    """Rows (name, value, lo, hi), lo and hi may be None: a dot and its 95 % interval each, with the bar if there is one."""
+    with figure(path, size=(6.5, 0.32 * len(rows) + 0.9)) as (fig, ax):
+        for y, (_, value, lo, hi) in enumerate(rows):
+            ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", color="#0072b2")
+        if bar is not None:
+            ax.axvline(bar, color="#d55e00", linestyle="--", linewidth=1.2, label=f"bar {shown(bar)}")
+            ax.legend(loc="best")
+        ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel=label, ylim=(len(rows) - 0.5, -0.5))
+
+
+# ----------------------------------------------------------------------------------------------------------- page
+def verdict(row: dict) -> str:
+    word = {True: "holds", False: "fails", None: "not measured"}[row["holds"]]
+    return f"{word}, narrowly" if row["clear"] is False else word
+
+
+def build(root=None, captions: dict[str, str] | None = None) -> None:
+    """From root/reports/metrics: claims.json, tables/, figures/ of metrics, index.html, all in root/reports.
+
+    The page shows all of figures/ and videos/. captions: file name without suffix -> one sentence; their order is the page's.
+    """
+    root = Path(root or config.ROOT)
+    reports, metrics = root / "reports", load_metrics(root)
+    verdicts = claims(metrics)
+    config.save_json(reports / "claims.json", verdicts)
+    filled = tables(metrics, verdicts)
+    grids = {name: write_table(reports / "tables", name, *table) for name, table in filled.items()}
+    runs = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
+    if len(runs) > 1:
+        intervals([run for run in runs if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
+    _write(reports / "index.html", page(reports, metrics, verdicts, grids, captions or {}))
+
+
+def page(reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:
+    """The HTML of reports/index.html, from report_template.html beside this file."""
+    from jinja2 import Environment, StrictUndefined
+
+    def files(folder: str, *suffixes: str) -> list[dict]:
+        order = {stem: place for place, stem in enumerate(captions)}
+        paths = [p for p in (reports / folder).glob("*") if p.suffix in suffixes]
+        paths.sort(key=lambda p: (order.get(p.stem, len(order)), p.name))
+        named = lambda stem: captions.get(stem) or stem.replace("_", " ").capitalize()
+        return [{"src": f"{folder}/{p.name}", "caption": named(p.stem)} for p in paths]
+
+    nb = {Path(item["src"]).stem: item["src"] for item in files("nb", ".ipynb") + files("nb", ".html")}
+    nb = {name: src for name, src in nb.items() if "10" <= name < "90"}     # others may run later, and change the page's bytes
+    known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": shown, "verdict": verdict, "meter": _meter}
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        claims=verdicts, pending={n: c.pending for n, c in CLAIMS.items()}, signs=SIGNS, metrics=metrics, tables=grids,
+        videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".png", ".svg"), notebooks=nb, scales=known("scale"),
+        seeds=known("seed"), notebook_of={file: nb[name] for file, name in NOTEBOOKS.items() if name in nb})
+
+
+def _meter(row: dict) -> dict:
+    """Where value, interval, bar and good side lie on a strip 120 wide."""
+    bars = [-row["bar"], row["bar"]] if row["comparison"] == "within" else [row["bar"]]
+    points = [row["value"], *bars, *(row["ci95"] or ())]
+    low, span = min(points), (max(points) - min(points)) or abs(max(points)) or 1.0
+    x = lambda v: round(14 + 92 * (v - low) / span, 1)
+    good = {"within": (x(bars[0]), x(bars[-1])), "<=": (0, x(bars[0]))}.get(row["comparison"], (x(bars[0]), 120))
+    return {"value": x(row["value"]), "ends": [x(v) for v in row["ci95"] or ()], "bars": [x(v) for v in bars],
+            "good": (good[0], round(good[1] - good[0], 1))}

@@ -1,0 +1,43 @@
+"""From a batch of conditions to latents: the many-step guided teacher and the few-step student, behind one `denoiser`."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import flow, stream
+from .data import Batch
+
+
+def denoiser(dit, batch: Batch, guidance: float = 1.0, mask: str = "bidirectional", **kwargs) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x_t, t) -> velocity under the batch's conditions; guidance on the audio, standard form (1 = none).
+
+    With guidance both branches run as one batch of 2 B: the condition, then the same with null (zero) audio.
+    """
+    if guidance == 1.0:
+        return lambda x_t, t: dit(torch.cat([x_t, batch.cond], 1), t, mask=mask, **batch.conditions(), **kwargs)
+    twice = {k: torch.cat([v, v * 0 if k == "audio" else v]) for k, v in batch.conditions().items()}
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        x = torch.cat([x_t, batch.cond], 1).repeat(2, 1, 1, 1, 1)             # (2B, 36, F, h, w)
+        v, v_null = dit(x, t.repeat(2, *[1] * (t.dim() - 1)), mask=mask, **twice, **kwargs).chunk(2)
+        return flow.guided(v, v_null, guidance)
+    return guided
+
+
+def clip_noise(seeds, shape: tuple[int, ...]) -> Tensor:
+    """One noise per clip from its own seed, so that a clip's result does not depend on its batch: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+
+
+@torch.no_grad()
+def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance: float, mask: str = "bidirectional") -> Tensor:
+    """Latents (B, 16, F, h, w) from noise of that shape by `steps` Euler steps with guidance on the audio."""
+    return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift))
+
+
+@torch.no_grad()
+def student(dit, batch: Batch, seeds, p) -> Tensor:
+    """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
+    noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]) for i in range(p.steps + 1)]
+    return stream.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
+                          noise=lambda i: noise[i], **batch.conditions())

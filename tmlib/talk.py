@@ -1,0 +1,145 @@
+"""A face and a voice become a video: `python -m tmlib.talk face.png speech.wav out.mp4`.
+
+Special here:
+- the video is written chunk by chunk while the stream runs, so memory does not grow with the speech;
+- every mistake that can be seen beforehand is seen before the models load: one line, exit code 2, no file. Ctrl-C: 130;
+- the frames are those of the live stream: the same seed, picture and sound give the same video.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import config, media
+from .config import Progress, UserError
+
+FPS = 16
+SAMPLES = media.RATE // FPS                     # of sound per video frame
+WATCHABLE = 384                                 # pixels: small models' frames are enlarged to about this side
+SECONDS = (1.0, 600.0)                          # of speech
+
+
+@dataclass(frozen=True)
+class Talker:
+    """All that talking needs of the models.
+
+    stream: (image uint8 (size, size, 3), waves) -> generator of frames uint8 (t, size, size, 3), one item a chunk:
+    4 chunk - 3 frames first, then 4 chunk each. It takes one wave float32 (SAMPLES t,) per chunk, the sound of just these
+    frames, and may take some ahead. When `waves` ends, so do the frames. Closing the generator frees what it holds.
+    """
+    stream: Callable[[np.ndarray, Iterator[np.ndarray]], Iterator[np.ndarray]]
+    in_world: Callable[[np.ndarray], bool]      # image -> whether it looks like what the models were trained on
+    size: int                                   # pixels
+    chunk: int                                  # latent frames
+
+
+def talk(talker: Talker, image: np.ndarray, wave: np.ndarray, path, scale: int | None = None) -> int:
+    """Make the video of `image` uint8 (size, size, 3) speaking `wave` float32 (n,) at 16 kHz; returns its number of frames.
+
+    scale: whole-number enlargement; None: to about 384 pixels. Raises UserError when the file cannot be written.
+    """
+    total = -(-len(wave) // SAMPLES)            # the last frame may outlast the sound, never the other way round
+    scale = scale or max(1, WATCHABLE // talker.size)
+    progress, done = Progress(total, "talk"), 0
+    with (media.VideoWriter(path, FPS, talker.size, scale=scale) as video,
+          closing(talker.stream(image, waves(wave, talker.chunk))) as stream):
+        for frames in stream:
+            frames = frames[:total - done]
+            video.write(frames, wave[done * SAMPLES:(done + len(frames)) * SAMPLES])
+            done += len(frames)
+            progress.step(len(frames))
+        if done < total:
+            raise UserError(f"{path}: the stream ended after {done} of {total} frames; nothing was written, run it again")
+    return done
+
+
+def waves(wave: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+    """Wave (n,) -> one piece per chunk, the sound of just its frames; silence fills the last one."""
+    at, frames = 0, 4 * chunk - 3               # latent frame 0 holds one video frame, every other four
+    while at < len(wave):
+        piece = wave[at:at + frames * SAMPLES]
+        yield np.pad(piece, (0, frames * SAMPLES - len(piece)))
+        at, frames = at + frames * SAMPLES, 4 * chunk
+
+
+def default_models() -> Path:
+    """The user's own run if there is one, else the small models that come with the workbook."""
+    return config.MODELS if (config.MODELS / "student.safetensors").exists() else config.DATA / "demo"
+
+
+def _load(folder: Path, seed: int, steps: int, cache: str, prompt: str) -> Talker:
+    """Models of a folder, set up for streaming. Raises UserError naming the file that is missing or does not fit."""
+    from . import data, stream                  # torch: only once the input is known to be good
+
+    dit, vae, encoder, face = stream.load_models(folder)
+    streamer = stream.Streamer(dit, vae, encoder, steps=steps, cache=cache, seed=seed)
+    text = data.prompt(prompt or None, "speaking", dit.config.text_dim)[None]           # (1, words, text_dim)
+    as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
+
+    def frames(image, waves):
+        return streamer.stream(image, waves, text=text, image_tokens=face.tokens(as_float(image)[None]))
+    return Talker(frames, lambda image: face.in_world(as_float(image)), config.load("data").size, streamer.chunk)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tmlib.talk", description="Make a video of a face speaking.")
+    add = parser.add_argument
+    add("face", help="a picture of one face, any usual format; the centre square is used")
+    add("speech", help="a recording of 1 second to 10 minutes: wav, flac, mp3, ogg, m4a, or a video with sound")
+    add("out", help="the video to write, .mp4")
+    add("--models", metavar="FOLDER", help="trained models (default: data/models after `make repro`, else data/demo)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="another seed gives other blinks and sway (default 0)")
+    add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
+    add("--steps", type=_whole(1), default=2, metavar="N", help="denoising steps per chunk (default 2)")
+    add("--cache", choices=("per_step", "next_step", "clean_pass"), default="per_step", help="the past (default per_step)")
+    add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return whole_number
+
+
+def main(argv: list[str] | None = None, load: Callable[..., Talker] = _load) -> int:
+    """The command. `load` makes the Talker; tests give their own."""
+    args = arguments().parse_args(argv)
+    folder = _check(args)
+    wave = media.read_audio(args.speech, *SECONDS)
+    media.read_image(args.face, 64)             # a bad picture should not wait for the models
+    print(f"models: {folder}", flush=True)
+    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt)
+    image = media.read_image(args.face, talker.size)
+    if not talker.in_world(image):
+        print(f"warning: {args.face}: unlike the faces these models know; the video may look strange", file=sys.stderr)
+    began = time.monotonic()
+    frames = talk(talker, image, wave, args.out, args.scale)
+    seconds, took = frames / FPS, time.monotonic() - began
+    print(f"{args.out}: {seconds:.1f} s of video, made in {took:.1f} s ({seconds / took:.2g} times real time)")
+    return 0
+
+
+def _check(args) -> Path:
+    """What can be said before anything is read; returns the folder of models."""
+    media.check_output(args.out)
+    for given in (args.face, args.speech):
+        if Path(given).resolve() == Path(args.out).resolve():
+            raise UserError(f"{args.out}: is also an input, which the video would replace; choose another name")
+    folder = Path(args.models) if args.models else default_models()
+    if not folder.is_dir():
+        fix = "check the name" if args.models else "run `make repro`, or give a folder of trained models with --models"
+        raise UserError(f"{folder}: no such folder of models; {fix}")
+    return folder
+
+
+if __name__ == "__main__":
+    config.cli(main)

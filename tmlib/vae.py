@@ -1,0 +1,208 @@
+"""Causal video codec: 4x in time, 8x in space, 16 latent channels, decodable chunk by chunk for ever.
+
+What is special
+- Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
+  latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
+- All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
+- Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
+- `decode` and `encode` speak *normalised* latents (zero mean, unit variance per channel), as the DiT wants them.
+
+Shapes: video (B, 3, T, H, W) in [-1, 1], T = 4(F - 1) + 1; latents (B, 16, F, H/8, W/8).
+"""
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import UserError, atomic
+
+Cache = list[Tensor]
+
+
+@dataclass
+class VAEConfig:
+    z_dim: int = 16
+    patch: int = 2                               # pixels per side that become channels at the door
+    encoder: tuple[int, ...] = (32, 64, 128)     # widths from 1 / patch down to 1/8 of the resolution
+    decoder: tuple[int, ...] = (48, 96, 192)
+    blocks: int = 2                              # residual blocks per resolution
+    kernel_t: int = 3                            # temporal taps, at 1/8 resolution only
+
+    def __post_init__(self):
+        for name in ("encoder", "decoder"):
+            if self.patch * 2 ** (len(getattr(self, name)) - 1) != 8:
+                raise UserError(f"codec.{name}: {len(getattr(self, name))} widths behind patch {self.patch} do not end at 1/8 of the resolution")
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution that sees now and the past; the past is zeros or the cache's last `kernel_t - 1` inputs."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_t: int = 1, kernel: int = 3):
+        super().__init__(c_in, c_out, (kernel_t, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
+
+    def forward(self, x: Tensor, past: "Past") -> Tensor:                     # (B, C, F, H, W)
+        n = self.kernel_size[0] - 1
+        return super().forward(past.extend(x, n) if n else x)
+
+
+class Past:
+    """Walks the caches of all causal convolutions in call order: takes the old state, notes the new one."""
+
+    def __init__(self, old: Cache | None):
+        self.old, self.new = (iter(old) if old is not None else None), []
+
+    def extend(self, x: Tensor, n: int) -> Tensor:
+        head = next(self.old) if self.old is not None else x.new_zeros(*x.shape[:2], n, *x.shape[3:])
+        x = torch.cat([head, x], dim=2)                                       # (B, C, n + F, H, W)
+        self.new.append(x[:, :, -n:])
+        return x
+
+
+class ChannelNorm(nn.Module):
+    """RMS over channels at every place: unlike GroupNorm it does not look across time, so chunks stay exact."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(c, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.weight
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c: int, kernel_t: int):
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(c), CausalConv3d(c, c, kernel_t)
+        self.norm2, self.conv2 = ChannelNorm(c), CausalConv3d(c, c)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), past)
+        return x + self.conv2(F.silu(self.norm2(h)), past)
+
+
+class Net(nn.Module):
+    """Residual blocks at every resolution joined by space-to-depth (encoder) or depth-to-space (decoder)."""
+
+    def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, cfg: VAEConfig, up: bool):
+        super().__init__()
+        self.up, steps = up, (widths[::-1] if up else widths)
+        kernel_t = lambda c: cfg.kernel_t if c == widths[-1] else 1           # widths[-1] lives at 1/8 resolution
+        self.inp = CausalConv3d(c_in, steps[0], kernel_t(steps[0]))
+        self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, kernel_t(c)) for _ in range(cfg.blocks)) for c in steps)
+        self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
+                                   for a, b in zip(steps, steps[1:]))
+        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.inp(x, past)
+        for i, blocks in enumerate(self.stages):
+            for block in blocks:
+                x = block(x, past)
+            if i < len(self.moves):
+                x = depth_to_space(self.moves[i](x, past)) if self.up else self.moves[i](space_to_depth(x), past)
+        return self.out(F.silu(self.norm(x)), past)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    return rearrange(x, "B C F (H p) (W q) -> B (C p q) F H W", p=2, q=2)
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    return rearrange(x, "B (C p q) F H W -> B C F (H p) (W q)", p=2, q=2)
+
+
+def to_groups(video: Tensor, patch: int) -> Tensor:
+    """(B, 3, T, H, W) -> (B, 12 p p, F, H/p, W/p): four frames and p x p pixels become channels."""
+    B, C, T, H, W = video.shape
+    if T % 4 != 1 or H % 8 or W % 8:
+        raise ValueError(f"video of {T} frames, {H}x{W}: frames must be 4k + 1 and sides multiples of 8")
+    video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
+    return rearrange(video, "B C (F t) (H p) (W q) -> B (C t p q) F H W", t=4, p=patch, q=patch)
+
+
+def from_groups(x: Tensor, patch: int) -> Tensor:
+    """Inverse of `to_groups`, the three repeated frames still in front: (B, 12 p p, F, h, w) -> (B, 3, 4F, p h, p w)."""
+    return rearrange(x, "B (C t p q) F H W -> B C (F t) (H p) (W q)", t=4, p=patch, q=patch)
+
+
+class VideoVAE(nn.Module):
+    """The miniature's codec; `tmlib.vae` gives full-size Wan weights the same three methods."""
+
+    def __init__(self, cfg: VAEConfig = VAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
+        self.encoder = Net(group, tuple(cfg.encoder), 2 * cfg.z_dim, cfg, up=False)
+        self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
+        self.register_buffer("mean", torch.zeros(1, cfg.z_dim, 1, 1, 1))
+        self.register_buffer("std", torch.ones(1, cfg.z_dim, 1, 1, 1))
+
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Unnormalised mean and log-variance, each (B, 16, F, H/8, W/8)."""
+        mean, logvar = self.encoder(to_groups(video, self.cfg.patch), Past(None)).chunk(2, dim=1)
+        return mean, logvar.clamp(-20.0, 4.0)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mean."""
+        return (self.posterior(video)[0] - self.mean) / self.std
+
+    def decode(self, z: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Normalised latents of the next chunk -> its video in [-1, 1], and the cache for the chunk after.
+
+        Without a cache the stream begins here: its first latent gives one frame, every other latent four.
+        """
+        past = Past(cache)
+        video = from_groups(self.decoder(z * self.std + self.mean, past), self.cfg.patch)
+        return (video if cache is not None else video[:, :, 3:]).clamp(-1, 1), past.new
+
+    def image_condition(self, image: Tensor, frames: int) -> Tensor:
+        """Wan's I2V condition: latents of [image, grey, grey, ...]; image (B, 3, 1, H, W) -> (B, 16, frames, h, w)."""
+        grey = image.new_zeros(*image.shape[:2], 4 * (frames - 1), *image.shape[3:])
+        return self.encode(torch.cat([image, grey], dim=2))
+
+    @torch.no_grad()
+    def set_statistics(self, latents: Tensor) -> None:
+        """Per-channel mean and deviation of raw latents (n, 16, F, h, w), so that `encode` gives N(0, 1)."""
+        self.mean.copy_(latents.mean((0, 2, 3, 4)).view_as(self.mean))
+        self.std.copy_(latents.std((0, 2, 3, 4)).view_as(self.std))
+
+    def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
+        """Weighted L1 of frames and of their differences in time and space, plus KL; weight (B, 1, T, H, W)."""
+        mean, logvar = self.posterior(video)
+        z = mean + noise * torch.exp(0.5 * logvar)
+        out = from_groups(self.decoder(z, Past(None)), self.cfg.patch)[:, :, 3:]
+        l1 = lambda a, b, w: ((a - b).abs() * w).mean()
+        d = lambda x, dim: x.diff(dim=dim)
+        edges = (l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
+                 + l1(d(out, 2), d(video, 2), weight[:, :, 1:]))
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        pixel = l1(out, video, weight)
+        return {"loss": pixel + 0.5 * edges + kl * divergence, "l1": pixel, "kl": divergence}
+
+
+def save_vae(vae: VideoVAE, folder: Path) -> None:
+    """Writes `vae.safetensors` with its configuration inside."""
+    from safetensors.torch import save_file
+    with atomic(Path(folder) / "vae.safetensors") as tmp:
+        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, tmp, {"config": json.dumps(asdict(vae.cfg))})
+
+
+def load_vae(folder: Path) -> VideoVAE:
+    """Reads what `save_vae` wrote; UserError names the file that is missing or does not fit."""
+    from safetensors import safe_open
+    path = Path(folder) / "vae.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
+    try:
+        with safe_open(path, "pt") as f:
+            cfg = VAEConfig(**json.loads(f.metadata()["config"]))
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+        vae = VideoVAE(cfg)
+        vae.load_state_dict(weights)
+    except Exception as e:
+        raise UserError(f"{path} is not a codec of this project ({type(e).__name__}): delete it and run `make repro`") from e
+    return vae.eval().requires_grad_(False)

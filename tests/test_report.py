@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tmlib import config, media, report
+from tmlib import config, figures, media, report
 from tmlib.config import UserError
 
 RUN = dict(n=108, seed=0, scale="mini")
@@ -137,7 +137,7 @@ def test_a_value_that_is_no_number_is_refused_by_name(value):
 @pytest.mark.parametrize("value, text", [(0.8, "0.800"), (0.02104, "0.0210"), (61.23, "61.2"), (123.4, "123"), (1234.56, "1,235"),
                                          (0.0, "0.00"), (-3.14159, "-3.14"), (12, "12"), (1000, "1,000"), (None, "–"), ("CPU", "CPU")])
 def test_numbers_are_shown_with_three_digits(value, text):
-    assert report.shown(value) == text
+    assert figures.shown(value) == text
 
 
 def test_a_table_says_the_same_in_three_forms(tmp_path):
@@ -153,9 +153,10 @@ def test_a_table_says_the_same_in_three_forms(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- figures
 DRAWINGS = {
-    "sheet": lambda path: report.contact_sheet([np.full((9, 8, 8, 3), level, np.uint8) for level in (20, 220)], ["dark", "light"], path),
-    "lips": lambda path: report.lip_trace(np.eye(2, 30) + 0.2, np.eye(2, 28) + 0.1, ["one", "two"], path),
-    "intervals": lambda path: report.intervals([("a", 0.8, 0.7, 0.9), ("b", 0.6, None, None)], path, bar=0.75),
+    "sheet": lambda path: figures.contact_sheet([np.full((9, 8, 8, 3), level, np.uint8) for level in (20, 220)], ["dark", "light"], path),
+    "lips": lambda path: figures.lip_trace(np.eye(2, 30) + 0.2, np.eye(2, 28) + 0.1, ["one", "two"], path),
+    "curves": lambda path: figures.curves([{"step": 1, "loss": 0.5}, {"step": 9, "loss": 0.3}], ["loss"], path),
+    "intervals": lambda path: figures.intervals([("a", 0.8, 0.7, 0.9), ("b", 0.6, None, None)], path, bar=0.75),
 }
 
 
@@ -173,13 +174,13 @@ def test_figures_have_the_same_bytes_twice_and_tell_no_date(tmp_path, kind, suff
 def test_a_figure_that_fails_leaves_no_file_and_the_global_style_alone(tmp_path):
     import matplotlib
     before = dict(matplotlib.rcParams)
-    with pytest.raises(ZeroDivisionError), report.figure(tmp_path / "a.png"):
+    with pytest.raises(ZeroDivisionError), figures.figure(tmp_path / "a.png"):
         1 / 0
     assert not list(tmp_path.iterdir()) and dict(matplotlib.rcParams) == before
 
 
 def test_the_contact_sheet_shows_its_clips(tmp_path):
-    report.contact_sheet([np.full((9, 8, 8, 3), (200, 30, 30), np.uint8)], ["red"], tmp_path / "a.png", columns=2)
+    figures.contact_sheet([np.full((9, 8, 8, 3), (200, 30, 30), np.uint8)], ["red"], tmp_path / "a.png", columns=2)
     picture = media.read_image(tmp_path / "a.png", 64).reshape(-1, 3).astype(int)
     assert (np.abs(picture - (200, 30, 30)).max(1) < 12).mean() > 0.3
 

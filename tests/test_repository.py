@@ -29,7 +29,7 @@ ALLOWED = {
     "losses": "flow", "readers": "attention weights", "data": "speech avatar vae audio readers media",
     "sampling": "flow data dit stream", "stream": "dit vae audio flow attention", "train": "data losses stream flow sampling",
     "distill": "data flow losses sampling stream train", "evaluate": "data flow metrics readers sampling stream",
-    "report": "metrics media",
+    "figures": "", "report": "metrics media figures",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 

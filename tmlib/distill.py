@@ -4,6 +4,7 @@ The training layout is the paper's: seven chunks [C_0 .. C_6] at RoPE positions 
 attention to {chunk 0, previous, self}. Two losses: regression onto the teacher's solution of the same noise, and distribution
 matching (DMD) against the guided teacher with a critic that learns the student's own distribution as it goes.
 """
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,19 +12,28 @@ import torch
 from torch import Tensor
 
 from . import flow, losses, sampling, stream
-from .config import Progress, atomic
+from .config import Progress, UserError, atomic
 from .data import Batch, Latents
 from .sampling import clip_noise, denoiser
 
 
-def solve(teacher, latents: Latents, p, path: Path) -> dict[str, Tensor]:
+def load_pairs(path: Path) -> dict[str, Tensor]:
+    """What `solve` wrote."""
+    from safetensors.torch import load_file
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run `make repro` (stage distillation)")
+    return load_file(path)
+
+
+def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Tensor]:
     """The teacher's guided ODE solutions of `p.pairs` noises: {"index" (n,), "seed" (n,), "target" (n, 16, F, h, w)}.
 
-    Written to `path`, and read from there if a killed run had got this far.
+    Written to `path`, and to `kept` in the resume state, from where a killed run takes them.
     """
-    from safetensors.torch import load_file, save_file
-    if Path(path).exists():
-        return load_file(path)
+    from safetensors.torch import save_file
+    if Path(kept).exists():
+        shutil.copyfile(kept, path)
+        return load_pairs(path)
     g = torch.Generator().manual_seed(p.seed)
     index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
     seed = torch.arange(p.pairs) + 1_000_000
@@ -34,8 +44,9 @@ def solve(teacher, latents: Latents, p, path: Path) -> dict[str, Tensor]:
         target.append(sampling.teacher(teacher, batch, noise, p.pair_steps, p.shift, p.guidance))
         progress.step(len(batch))
     pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
-    with atomic(path) as tmp:
-        save_file(pairs, tmp)
+    for to in (path, kept):
+        with atomic(to) as tmp:
+            save_file(pairs, tmp)
     return pairs
 
 

@@ -9,14 +9,12 @@ import csv
 import io
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from . import config
 from .config import UserError, atomic
+from .figures import intervals, shown
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,9 @@ CLAIMS = {
         "nobody has been asked yet"),
 }
 
-NOTEBOOKS = {"data": "10_data", "foundations": "20_foundations", "adaptation": "30_adaptation", "teacher": "40_teacher",
-             "student": "50_distillation", "streaming": "60_streaming", "latency": "65_latency"}
+NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
+             "adaptation": "30_adaptation", "teacher": "40_teacher", "student": "50_distillation", "streaming": "60_streaming",
+             "latency": "65_latency"}
 
 
 # --------------------------------------------------------------------------------------------------------- claims
@@ -164,13 +163,6 @@ def _number(value, where: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- tables
-def shown(value) -> str:
-    """A value for people: three significant digits."""
-    if not isinstance(value, float):
-        return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
-
-
 def _cell(row: dict, key: str) -> str:
     lo, hi = row.get(f"{key}_lo"), row.get(f"{key}_hi")
     return shown(row.get(key)) + (f" [{shown(lo)}, {shown(hi)}]" if lo is not None and hi is not None else "")
@@ -229,68 +221,6 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict]) -> dict[str, tup
             "latency": (times, {"name": "", "value": "local run"})}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
-
-
-# -------------------------------------------------------------------------------------------------------- figures
-@contextmanager
-def figure(path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3), **subplots):
-    """`with figure(path) as (fig, axes):` draws in the house style and saves path (.png or .svg), the same bytes each time."""
-    from matplotlib import cycler, rc_context
-    from matplotlib.figure import Figure
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")    # Okabe and Ito: safe for the colour-blind
-    look = {"font.size": 9, "font.family": "DejaVu Sans", "axes.titlesize": 9, "axes.titlelocation": "left", "axes.grid": True,
-            "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-            "legend.frameon": False, "savefig.dpi": 160, "svg.hashsalt": "talkingmachines", "axes.prop_cycle": cycler(color=colours)}
-    clean = {"Date": None, "Creator": None} if Path(path).suffix == ".svg" else {"Software": None}
-    with rc_context(look):
-        fig = Figure(figsize=size, layout="constrained")
-        yield fig, fig.subplots(rows, columns, **subplots)
-        with atomic(path) as temporary:
-            fig.savefig(temporary, metadata=clean)
-
-
-def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16) -> None:
-    """Clips uint8 (T, H, W, 3), one a row, at `columns` moments spread over the shortest."""
-    moments = np.linspace(0, min(map(len, clips)) - 1, columns).round().astype(int)
-    with figure(path, len(clips), columns, (columns * 0.95, len(clips) * 1.0 + 0.25), squeeze=False) as (fig, axes):
-        for row, clip, label in zip(axes, clips, labels):
-            for ax, moment in zip(row, moments):
-                ax.imshow(clip[moment], interpolation="lanczos")
-                ax.set(xticks=[], yticks=[], title=f"{moment / fps:.1f} s" if ax in axes[0] else "")
-                ax.spines[:].set_visible(False)
-            row[0].set_ylabel(label)
-
-
-def lip_trace(truth: np.ndarray, made: np.ndarray, labels: list[str], path, fps: int = 16) -> None:
-    """Mouth opening over time, truth against generated: both (n, T), one panel a clip."""
-    with figure(path, len(labels), 1, (7, 1.25 * len(labels) + 0.4), sharex=True, sharey=True, squeeze=False) as (fig, axes):
-        for ax, true, got, label in zip(axes[:, 0], truth, made, labels):
-            seconds = np.arange(len(true)) / fps
-            ax.fill_between(seconds, true, color="#b9c2cc", linewidth=0, label="truth")
-            ax.plot(seconds[:len(got)], got, linewidth=1.4, color="#d55e00", label="generated")
-            ax.set(title=label, ylim=(0, None), ylabel="opening")
-        axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
-        axes[-1, 0].set(xlabel="seconds", xlim=(0, truth.shape[1] / fps))
-
-
-def curves(history: list[dict], keys: list[str], path) -> None:
-    """Training numbers over steps, one panel a key, logarithmic; history: what `train.train` returns."""
-    with figure(path, 1, len(keys), (3.2 * len(keys) + 0.6, 2.2), squeeze=False) as (fig, axes):
-        for ax, key in zip(axes[0], keys):
-            points = [(h["step"], h[key]) for h in history if key in h]
-            ax.plot(*zip(*points), linewidth=1.2)
-            ax.set(title=key.replace("_", " "), xlabel="step", yscale="log")
-
-
-def intervals(rows: list[tuple], path, label: str = "lip r", bar: float | None = None) -> None:
-    """Rows (name, value, lo, hi), lo and hi may be None: a dot and its 95 % interval each, with the bar if there is one."""
-    with figure(path, size=(6.5, 0.32 * len(rows) + 0.9)) as (fig, ax):
-        for y, (_, value, lo, hi) in enumerate(rows):
-            ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", color="#0072b2")
-        if bar is not None:
-            ax.axvline(bar, color="#d55e00", linestyle="--", linewidth=1.2, label=f"bar {shown(bar)}")
-            ax.legend(loc="best")
-        ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel=label, ylim=(len(rows) - 0.5, -0.5))
 
 
 # ----------------------------------------------------------------------------------------------------------- page

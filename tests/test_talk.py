@@ -112,8 +112,8 @@ def test_the_users_own_run_comes_before_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "MODELS", tmp_path / "models")
     monkeypatch.setattr(config, "DATA", tmp_path)
     assert talk.default_models() == tmp_path / "demo"
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "student.safetensors").touch()
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    (tmp_path / "models" / "student" / "stream.json").touch()
     assert talk.default_models() == tmp_path / "models"
 
 
@@ -154,7 +154,7 @@ def test_a_stream_that_ends_early_leaves_no_video(files):
 def test_caches_are_those_of_the_streamer():
     from tmlib import stream
     cache = next(a for a in talk.arguments()._actions if a.dest == "cache")
-    assert cache.choices == stream.CACHES and cache.default in stream.CACHES
+    assert cache.choices == stream.CACHES
 
 
 PROGRAM = """
@@ -194,18 +194,25 @@ def test_untrained_networks_talk_through_the_real_streamer(files, monkeypatch, c
     """`_load` wires codec, speech encoder, face encoder and DiT to the streamer; only the weights are missing."""
     import torch
 
-    from tmlib import stream
-    from tmlib.audio import SpeechEncoder
+    from tmlib.audio import SpeechEncoder, save_encoder
     from tmlib.dit import WanDiT
-    from tmlib.readers import FaceEncoder
-    from tmlib.vae import VAEConfig, VideoVAE
+    from tmlib.readers import FaceEncoder, LipReader, save_readers
+    from tmlib.vae import VAEConfig, VideoVAE, save_vae
     torch.manual_seed(0)
     encoder, face = SpeechEncoder().eval(), FaceEncoder(3).eval()
     face.radius.fill_(0.0)                                      # no picture is of its world
-    dit = WanDiT.from_variant("mini", num_layers=1, audio_dim=encoder.cfg.dim, audio_tokens=encoder.tokens_per_latent).eval()
-    vae = VideoVAE(VAEConfig(encoder=(16, 16, 16), decoder=(16, 16, 16), blocks=1)).eval()
-    monkeypatch.setattr(stream, "load_models", lambda folder: (dit, vae, encoder, face), raising=False)
+    folder = files / "models"
+    save_encoder(encoder, folder)
+    save_readers(LipReader(), face, folder)
+    save_vae(VideoVAE(VAEConfig(encoder=(16, 16, 16), decoder=(16, 16, 16), blocks=1)), folder)
+    dit = WanDiT.from_variant("mini", num_layers=1, audio_dim=encoder.cfg.dim, audio_tokens=encoder.tokens_per_latent)
+    dit.save_pretrained(folder / "student")
+    how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "size": 64, "face_region": [[1.0] * 4] * 4}
+    config.save_json(folder / "student" / "stream.json", how)
     assert talk.main(command(files, "--style-prompt", "flat")) == 0
     with av.open(str(files / "out.mp4")) as video:
         assert video.streams.video[0].frames == 41
     assert capsys.readouterr().err.startswith("warning:")
+    (folder / "student" / "stream.json").unlink()
+    with pytest.raises(config.UserError, match="stream.json"):
+        talk.main(command(files))

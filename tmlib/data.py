@@ -7,6 +7,7 @@ What is special
 - `Latents` holds what a batch needs in one safetensors file per split; batches are a pure function of the step.
 """
 import json
+import math
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -53,17 +54,18 @@ class Clip:
 
 
 def specs(split: str, n: int, kinds: dict[str, float], identities: int, seed: int, **shape) -> list[Spec]:
-    """n clips whose kinds stand in the given proportions, styles in turn, identities in turn."""
+    """n clips, styles in turn, identities in turn; within each style the kinds stand in the given proportions, spread evenly."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    counts = {k: int(round(n * share)) for k, share in kinds.items()}
-    names = [k for k, c in counts.items() for _ in range(c)][:n]
-    names += [next(iter(kinds))] * (n - len(names))
     offset = 0 if split == "train" else 1_000_000                            # identities held out from training
-    out = []
-    for i, kind in enumerate(rng.permutation(names)):
-        style = STYLES[i % 3]
-        out.append(Spec(int(rng.integers(2**31)), split, str(kind), style, offset + (i // 3) % max(identities // 3, 1), **shape))
-    return out
+    return [Spec(int(rng.integers(2**31)), split, kind_of(i // 3, kinds), STYLES[i % 3], offset + i // 3 % max(identities // 3, 1), **shape)
+            for i in range(n)]
+
+
+def kind_of(m: int, kinds: dict[str, float]) -> str:
+    """Kind of a style's m-th clip: each share's clips spread evenly, the first kind fills the rest."""
+    first, *others = kinds
+    due = lambda share: math.floor((m + 1) * share + 1e-9) > math.floor(m * share + 1e-9)
+    return next((kind for kind in others if due(kinds[kind])), first)
 
 
 @lru_cache
@@ -294,7 +296,10 @@ class Latents:
         from safetensors.torch import load_file
         if not Path(path).exists():
             raise UserError(f"{path} is missing: run `make repro` (stage latents)")
-        self.store = load_file(path)
+        try:
+            self.store = load_file(path)
+        except Exception as e:
+            raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage latents)") from e
 
     def __len__(self) -> int:
         return len(self.store["z"])

@@ -22,7 +22,10 @@ def load_pairs(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run `make repro` (stage distillation)")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage distillation)") from e
 
 
 def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ def regression(student: Denoise, x_t: Tensor, t: Tensor, target: Tensor, weight:
 def border(x: Tensor, target: Tensor, chunk: int, weight: Tensor | float = 1.0) -> Tensor:
     """MSE of the latent step across chunk borders: x and target (B, 16, F, h, w), borders at every multiple of `chunk`."""
     at = torch.arange(chunk, x.shape[2], chunk, device=x.device)
+    if not len(at):
+        return x.new_zeros(())                                                # a single chunk has no borders
     step = lambda z: z[:, :, at] - z[:, :, at - 1]                            # (B, 16, F / chunk - 1, h, w)
     return weighted_mse(step(x), step(target), weight if isinstance(weight, float) else weight[:, :, at])
 

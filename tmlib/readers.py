@@ -6,7 +6,6 @@ What is special
 - `FaceEncoder` stands where Wan has CLIP: 16 patch tokens and one pooled token of the reference picture. Its pooled
   feature is also the space of the identity distance and of the Frechet distance (ours; not FID).
 """
-import json
 from pathlib import Path
 
 import torch
@@ -100,7 +99,7 @@ def save_readers(lips: LipReader, face: FaceEncoder, folder: Path) -> None:
     from safetensors.torch import save_file
     parts = {f"{name}.{k}": v.contiguous() for name, m in (("lips", lips), ("face", face)) for k, v in m.state_dict().items()}
     with atomic(Path(folder) / "readers.safetensors") as tmp:
-        save_file(parts, tmp, {"identities": json.dumps(face.head.out_features)})
+        save_file(parts, tmp)
 
 
 def load_readers(folder: Path) -> tuple[LipReader, FaceEncoder]:
@@ -111,7 +110,8 @@ def load_readers(folder: Path) -> tuple[LipReader, FaceEncoder]:
         raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
     try:
         with safe_open(path, "pt") as f:
-            nets = {"lips": LipReader(), "face": FaceEncoder(json.loads(f.metadata()["identities"]))}
+            identities, dim = f.get_slice("face.head.weight").get_shape()
+            nets = {"lips": LipReader(), "face": FaceEncoder(identities, dim)}
             for name, net in nets.items():
                 net.load_state_dict({k.split(".", 1)[1]: f.get_tensor(k) for k in f.keys() if k.startswith(name + ".")})
     except Exception as e:

@@ -70,21 +70,51 @@ def waves(wave: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
 
 def default_models() -> Path:
     """The user's own run if there is one, else the small models that come with the workbook."""
-    return config.MODELS if (config.MODELS / "student.safetensors").exists() else config.DATA / "demo"
+    return config.MODELS if (config.MODELS / "student" / "stream.json").exists() else config.DATA / "demo"
 
 
-def _load(folder: Path, seed: int, steps: int, cache: str, prompt: str) -> Talker:
-    """Models of a folder, set up for streaming. Raises UserError naming the file that is missing or does not fit."""
-    from . import data, stream                  # torch: only once the input is known to be good
+@dataclass(frozen=True)
+class Models:
+    """A folder of trained models, and how its student was distilled (stream.json: steps, shift, cache, chunk, face_region)."""
+    dit: object
+    vae: object
+    encoder: object
+    lips: object
+    face: object
+    how: dict
 
-    dit, vae, encoder, face = stream.load_models(folder)
-    streamer = stream.Streamer(dit, vae, encoder, steps=steps, cache=cache, seed=seed)
-    text = data.prompt(prompt or None, "speaking", dit.config.text_dim)[None]           # (1, words, text_dim)
+
+def load_models(folder: Path) -> Models:
+    """Everything that a stream needs. Raises UserError naming the file that is missing or does not fit."""
+    from . import audio, readers, vae
+    from .dit import WanDiT
+    folder = Path(folder)
+    lips, face = readers.load_readers(folder)
+    dit = WanDiT.from_pretrained(folder / "student").eval().requires_grad_(False)
+    return Models(dit, vae.load_vae(folder), audio.load_encoder(folder), lips, face, config.load_json(folder / "student" / "stream.json"))
+
+
+def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0):
+    """A Streamer set up as the student was distilled; steps and cache may be tried otherwise."""
+    from . import flow, stream
+    times = flow.timesteps(steps or m.how["steps"], m.how["shift"])
+    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
+
+
+def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str) -> Talker:
+    """Models of a folder, set up for streaming."""
+    import torch
+
+    from . import data
+    m = load_models(folder)
+    streamer = make_streamer(m, steps, cache, seed)
+    text = data.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]         # (1, words, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
+    region = torch.tensor(m.how["face_region"])                                         # (h, w)
 
     def frames(image, waves):
-        return streamer.stream(image, waves, text=text, image_tokens=face.tokens(as_float(image)[None]))
-    return Talker(frames, lambda image: face.in_world(as_float(image)), config.load("data").size, streamer.chunk)
+        return streamer.stream(image, waves, text=text, image_tokens=m.face.tokens(as_float(image)[None]), audio_mask=region)
+    return Talker(frames, lambda image: m.face.in_world(as_float(image)), m.how["size"], streamer.chunk)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -96,8 +126,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--models", metavar="FOLDER", help="trained models (default: data/models after `make repro`, else data/demo)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="another seed gives other blinks and sway (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
-    add("--steps", type=_whole(1), default=2, metavar="N", help="denoising steps per chunk (default 2)")
-    add("--cache", choices=("per_step", "next_step", "clean_pass"), default="per_step", help="the past (default per_step)")
+    add("--steps", type=_whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
+    add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")
     add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
     return parser
 

@@ -58,6 +58,7 @@ def fingerprint(*things) -> str:
                     h.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
         else:
             h.update(json.dumps(thing, sort_keys=True, default=lambda o: getattr(o, "__dict__", str(o))).encode())
+        h.update(b"\n")                                                      # so that 1, 2 is not 12
     return h.hexdigest()[:12]
 
 
@@ -116,14 +117,14 @@ def play(p: Player, step: int, steps: int, seed: int) -> dict[str, float]:
     return {k: float(v.detach()) for k, v in out.items()} | {"grad_norm": float(norm)}
 
 
-def save_state(path: Path, players: list[Player], step: int, history: list[dict]) -> None:
-    state = {"step": step, "history": history, "players": {p.name: {
+def save_state(path: Path, players: list[Player], step: int, history: list[dict], recent: dict) -> None:
+    state = {"step": step, "history": history, "recent": recent, "players": {p.name: {
         "model": p.model.state_dict(), "average": p.average, "optimisers": [o.state_dict() for o in p.optimisers]} for p in players}}
     with atomic(path) as tmp:
         torch.save(state, tmp)
 
 
-def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict]]:
+def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict], dict]:
     state = torch.load(path, weights_only=True)
     for p in players:
         saved = state["players"][p.name]
@@ -131,7 +132,7 @@ def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict]]:
         p.average = saved["average"]
         for opt, s in zip(p.optimisers, saved["optimisers"]):
             opt.load_state_dict(s)
-    return state["step"], state["history"]
+    return state["step"], state["history"], state["recent"]
 
 
 def train(players: list[Player], steps: int, seed: int, folder: Path, what: str, save_every_s: float = 30.0,
@@ -144,16 +145,16 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
         p.optimisers = build_optimisers(p.model, p.optim)
         p.average = {k: v.detach().clone() for k, v in p.model.state_dict().items()} if p.optim.ema else {}
     path = Path(folder) / "state.pt"
-    step, history = load_state(path, players) if path.exists() else (0, [])
+    step, history, recent = load_state(path, players) if path.exists() else (0, [], {})
     if step:
         print(f"{what}: going on from step {step} of {steps}", flush=True)
-    progress, saved, recent = Progress(steps, what, start=step), time.monotonic(), {}
+    progress, saved = Progress(steps, what, start=step), time.monotonic()
     while step < steps:
         if time.monotonic() - saved > save_every_s:
-            save_state(path, players, step, history)
+            save_state(path, players, step, history, recent)
             saved = time.monotonic()
         if stop_at is not None and step >= stop_at:
-            save_state(path, players, step, history)
+            save_state(path, players, step, history, recent)
             return history
         for p in players:
             if step % p.every == 0:
@@ -162,7 +163,7 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
         if step % log_every == 0 or step == steps:
             history.append({"step": step, **recent})
         progress.step(**{k: v for k, v in recent.items() if k.endswith("loss")})
-    save_state(path, players, step, history)
+    save_state(path, players, step, history, recent)
     for p in players:
         if p.optim.ema:
             p.model.load_state_dict(p.model.state_dict() | p.average)

@@ -3,6 +3,7 @@
 What is special
 - Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
   latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
+- Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
 - `decode` and `encode` speak *normalised* latents (zero mean, unit variance per channel), as the DiT wants them.
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
+MOTION = 0.5                                     # weight of frame differences: a codec that flickers makes every stream flicker
+LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 
 
 @dataclass
@@ -90,9 +93,9 @@ class Net(nn.Module):
     def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, cfg: VAEConfig, up: bool):
         super().__init__()
         self.up, steps = up, (widths[::-1] if up else widths)
-        kernel_t = lambda c: cfg.kernel_t if c == widths[-1] else 1           # widths[-1] lives at 1/8 resolution
-        self.inp = CausalConv3d(c_in, steps[0], kernel_t(steps[0]))
-        self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, kernel_t(c)) for _ in range(cfg.blocks)) for c in steps)
+        kernel_t = [cfg.kernel_t if i == (0 if up else len(steps) - 1) else 1 for i in range(len(steps))]    # 1/8 resolution only
+        self.inp = CausalConv3d(c_in, steps[0], kernel_t[0])
+        self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, kernel_t))
         self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
                                    for a, b in zip(steps, steps[1:]))
         self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out)
@@ -136,15 +139,24 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.cfg = cfg
         group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
+        self.analysis = nn.Conv3d(768, cfg.z_dim, 1)                          # the linear codec under the networks:
+        self.synthesis = nn.Conv3d(cfg.z_dim, 768, 1)                         # principal components of 4 x 8 x 8 pixels
         self.encoder = Net(group, tuple(cfg.encoder), 2 * cfg.z_dim, cfg, up=False)
         self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
+        for net in (self.encoder, self.decoder):                              # the networks begin as nothing at all
+            nn.init.zeros_(net.out.weight), nn.init.zeros_(net.out.bias)
+        self.encoder.out.bias.data[cfg.z_dim:] = LOG_VARIANCE
         self.register_buffer("mean", torch.zeros(1, cfg.z_dim, 1, 1, 1))
         self.register_buffer("std", torch.ones(1, cfg.z_dim, 1, 1, 1))
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Unnormalised mean and log-variance, each (B, 16, F, H/8, W/8)."""
         mean, logvar = self.encoder(to_groups(video, self.cfg.patch), Past(None)).chunk(2, dim=1)
-        return mean, logvar.clamp(-20.0, 4.0)
+        return self.analysis(to_groups(video, 8)) + mean, logvar.clamp(-20.0, 4.0)
+
+    def synthesise(self, z: Tensor, past: Past) -> Tensor:
+        """Unnormalised latents (B, 16, F, h, w) -> video (B, 3, 4F, 8h, 8w)."""
+        return from_groups(self.synthesis(z), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mean."""
@@ -156,13 +168,24 @@ class VideoVAE(nn.Module):
         Without a cache the stream begins here: its first latent gives one frame, every other latent four.
         """
         past = Past(cache)
-        video = from_groups(self.decoder(z * self.std + self.mean, past), self.cfg.patch)
+        video = self.synthesise(z * self.std + self.mean, past)
         return (video if cache is not None else video[:, :, 3:]).clamp(-1, 1), past.new
 
     def image_condition(self, image: Tensor, frames: int) -> Tensor:
         """Wan's I2V condition: latents of [image, grey, grey, ...]; image (B, 3, 1, H, W) -> (B, 16, frames, h, w)."""
         grey = image.new_zeros(*image.shape[:2], 4 * (frames - 1), *image.shape[3:])
         return self.encode(torch.cat([image, grey], dim=2))
+
+    @torch.no_grad()
+    def start_linear(self, video: Tensor) -> None:
+        """Begin as the best linear codec of these clips (n, 3, T, H, W): minutes of training saved, and no flicker to unlearn."""
+        x = to_groups(video, 8).movedim(1, -1).flatten(0, -2).double()        # (n F h w, 768)
+        centre = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - centre).T @ (x - centre) / len(x))
+        top, scale = vectors[:, -self.cfg.z_dim:], values[-self.cfg.z_dim:].clamp_min(1e-6).sqrt()
+        set_ = lambda conv, w, b: (conv.weight.copy_(w.view_as(conv.weight)), conv.bias.copy_(b))
+        set_(self.analysis, (top / scale).T, -(centre @ top) / scale)         # unit variance, so that KL and noise fit all alike
+        set_(self.synthesis, top * scale, centre)
 
     @torch.no_grad()
     def set_statistics(self, latents: Tensor) -> None:
@@ -174,14 +197,14 @@ class VideoVAE(nn.Module):
         """Weighted L1 of frames and of their differences in time and space, plus KL; weight (B, 1, T, H, W)."""
         mean, logvar = self.posterior(video)
         z = mean + noise * torch.exp(0.5 * logvar)
-        out = from_groups(self.decoder(z, Past(None)), self.cfg.patch)[:, :, 3:]
+        out = self.synthesise(z, Past(None))[:, :, 3:]
         l1 = lambda a, b, w: ((a - b).abs() * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
-        edges = (l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
-                 + l1(d(out, 2), d(video, 2), weight[:, :, 1:]))
+        edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
+        motion = l1(d(out, 2), d(video, 2), weight[:, :, 1:])
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel = l1(out, video, weight)
-        return {"loss": pixel + 0.5 * edges + kl * divergence, "l1": pixel, "kl": divergence}
+        return {"loss": pixel + 0.5 * edges + MOTION * motion + kl * divergence, "l1": pixel, "motion": motion, "kl": divergence}
 
 
 def save_vae(vae: VideoVAE, folder: Path) -> None:

@@ -1,0 +1,201 @@
+"""distill: the training layout = the deployed rollout, gradients reach the right step and player, pairs survive a kill."""
+import pytest
+import torch
+
+from tiny import distillation, make_dit, make_latents
+from tmlib import distill, flow, losses, sampling, stream
+from tmlib.config import UserError
+from tmlib.sampling import clip_noise
+
+
+@pytest.fixture
+def dit():
+    return make_dit()
+
+
+@pytest.fixture
+def latents(tmp_path):
+    return make_latents(tmp_path, frames=9)
+
+
+def noise_of(batch, seed=0):
+    return distill.drawn(batch.z.shape, torch.Generator().manual_seed(seed))
+
+
+class Calls:
+    """Notes times and gradient mode of a network's calls."""
+
+    def __init__(self, net):
+        self.seen, self.x = [], []
+        net.register_forward_pre_hook(self.note)
+
+    def note(self, net, args):
+        self.seen.append((args[1][0].item(), torch.is_grad_enabled()))
+        self.x.append(args[0])
+
+
+def gradients(*nets):
+    """Which networks hold gradients; all of them must be finite."""
+    got = [[p.grad for p in net.parameters() if p.grad is not None] for net in nets]
+    assert all(g.isfinite().all() for grads in got for g in grads)
+    return [any(g.any() for g in grads) for grads in got]
+
+
+# ---- the student -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_student_is_the_rollout(dit, latents, steps):
+    """One masked pass over all chunks equals chunk by chunk with caches: what is trained is what runs."""
+    batch, p = latents.batch(torch.arange(2)), distillation(steps=steps)
+    noise = noise_of(batch)
+    whole = distill.student(dit, batch, noise, p)
+    rolled = stream.rollout(dit, batch.cond, timesteps=flow.timesteps(steps, p.shift), chunk=3, cache="per_step", noise=noise,
+                            **batch.conditions())
+    torch.testing.assert_close(whole, rolled, atol=2e-5, rtol=0)
+    assert not whole.requires_grad and (whole - batch.z).abs().max() > 0.1
+
+
+def test_trained_student_is_the_deployed_one(dit, latents):
+    batch, p = latents.batch(torch.arange(2)), distillation()
+    seeds = [4, 5]
+    noise = [clip_noise([100_003 * s + i for s in seeds], batch.z.shape[1:]) for i in range(3)]
+    torch.testing.assert_close(distill.student(dit, batch, noise.__getitem__, p), sampling.student(dit, batch, seeds, p), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["next_step", "clean_pass"])
+def test_other_caches_roll(dit, latents, cache):
+    batch, p = latents.batch(torch.arange(2)), distillation(cache=cache)
+    noise = noise_of(batch)
+    out = distill.student(dit, batch, noise, p, grad=1)
+    rolled = stream.rollout(dit, batch.cond, timesteps=flow.timesteps(2, p.shift), chunk=3, cache=cache, noise=noise, **batch.conditions())
+    torch.testing.assert_close(out.detach(), rolled, atol=2e-5, rtol=0)
+    assert (rolled - distill.student(dit, batch, noise, distillation())).abs().max() > 1e-3
+    out.square().mean().backward()
+    assert gradients(dit) == [True]
+
+
+@pytest.mark.parametrize("grad", [0, 1, 2])
+def test_gradient_at_the_chosen_step_alone(dit, latents, grad):
+    batch, p = latents.batch(torch.arange(1)), distillation(steps=3)
+    calls = Calls(dit)
+    out = distill.student(dit, batch, noise_of(batch), p, grad=grad)
+    assert calls.seen == [(pytest.approx(t), i == grad) for i, t in enumerate(flow.timesteps(3, p.shift)[:grad + 1])]
+    out.sum().backward()
+    assert gradients(dit) == [True]
+
+
+def test_start_noises_real_video(dit, latents):
+    batch, p = latents.batch(torch.arange(2)), distillation(steps=3)
+    noise, ts, calls = noise_of(batch), flow.timesteps(3, 3.0), Calls(dit)
+    out = distill.student(dit, batch, noise, p, grad=2, start=batch.z)
+    assert calls.seen == [(pytest.approx(ts[2]), True)]                  # one call, from real video
+    s = ts[2] / 1000
+    torch.testing.assert_close(calls.x[0][:, :16], (1 - s) * batch.z + s * noise(2))
+    v = dit(calls.x[0], torch.full((2,), ts[2]), mask="sparse_causal", **batch.conditions())
+    torch.testing.assert_close(out, calls.x[0][:, :16] - s * v, atol=1e-5, rtol=0)
+    a, b = (distill.student(dit, batch, noise_of(batch), p, grad=0, start=start) for start in (None, batch.z))
+    assert torch.equal(a, b)                                             # at step 0 all is noise, real or not
+
+
+def test_noise_is_drawn_once_a_step():
+    g, first = torch.Generator().manual_seed(0), torch.ones(2, 3)
+    noise = distill.drawn((2, 3), g, first)
+    assert noise(0) is first and noise(1) is noise(1) and not torch.equal(noise(1), noise(2))
+
+
+# ---- pairs -------------------------------------------------------------------------------------
+
+def test_pairs_are_the_teachers_solutions(dit, latents, tmp_path):
+    p, kept, path = distillation(pairs=6, batch=4), tmp_path / "state" / "pairs.safetensors", tmp_path / "out" / "pairs.safetensors"
+    pairs = distill.solve(dit, latents, p, kept, path)
+    assert set(pairs["index"].tolist()) == set(range(4)) and len(pairs["seed"].unique()) == 6        # all clips, all noises new
+    for i in (0, 5):
+        batch = latents.batch(pairs["index"][i:i + 1])
+        alone = sampling.teacher(dit, batch, clip_noise(pairs["seed"][i:i + 1], batch.z.shape[1:]), p.pair_steps, p.shift, p.guidance)
+        torch.testing.assert_close(pairs["target"][i:i + 1], alone, atol=1e-5, rtol=0)
+    for where in (kept, path):
+        assert all(torch.equal(v, pairs[k]) for k, v in distill.load_pairs(where).items())
+    path.unlink()
+    again = distill.solve(None, latents, p, kept, path)                  # after a kill: no teacher is asked
+    assert all(torch.equal(v, pairs[k]) for k, v in again.items()) and path.exists()
+
+
+def test_missing_or_broken_pairs_say_so(tmp_path):
+    with pytest.raises(UserError, match="pairs.safetensors is missing"):
+        distill.load_pairs(tmp_path / "pairs.safetensors")
+    (tmp_path / "pairs.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="pairs.safetensors"):
+        distill.load_pairs(tmp_path / "pairs.safetensors")
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+def pairs_of(latents, n=5, scale=1.0):
+    index = torch.arange(n) % len(latents)
+    return {"index": index, "seed": torch.arange(n) + 100, "target": scale * latents.store["z"][index]}
+
+
+def test_regression_by_hand(dit, latents):
+    p, pairs = distillation(batch=3, border_weight=0.7), pairs_of(latents)
+    loss = distill.regression_loss(dit, latents, pairs, p)
+    got = loss(torch.Generator().manual_seed(0), 0)                      # step 0: straight from the pair's own noise
+    j = torch.randint(5, (3,), generator=torch.Generator().manual_seed(0))
+    batch, target = latents.batch(pairs["index"][j]), pairs["target"][j]
+    x_t = clip_noise(pairs["seed"][j], target.shape[1:])
+    v = dit(torch.cat([x_t, batch.cond], 1), torch.full((3,), 1000.0), mask="sparse_causal", **batch.conditions())
+    regression = losses.weighted_mse(x_t - v, target, batch.weight)
+    border = losses.border(x_t - v, target, 3, batch.weight)
+    torch.testing.assert_close(got["regression"], regression)
+    torch.testing.assert_close(got["border"], border)
+    torch.testing.assert_close(got["loss"], regression + 0.7 * border)
+    calls = Calls(dit)
+    assert [len(calls.seen) for step in range(4) if loss(torch.Generator(), step)] == [1, 3, 4, 6]   # 1 call, 2 calls, in turn
+
+
+def test_regression_learns(dit, latents):
+    loss = distill.regression_loss(dit, latents, pairs_of(latents, scale=0.2), distillation(batch=4))
+    optimiser, seen = torch.optim.Adam(dit.parameters(), 1e-2), []
+    for step in range(40):
+        optimiser.zero_grad()
+        out = loss(torch.Generator().manual_seed(step), step)["loss"]
+        out.backward()
+        optimiser.step()
+        seen.append(out.item())
+    assert sum(seen[-4:]) < 0.6 * sum(seen[:4])
+
+
+@pytest.mark.parametrize("cache", ["per_step", "clean_pass"])
+@pytest.mark.parametrize("real_ratio", [0.0, 1.0])
+def test_matching_reaches_its_own_player_alone(latents, cache, real_ratio):
+    student, critic, teacher = (make_dit(seed) for seed in range(3))
+    p = distillation(cache=cache, real_ratio=real_ratio)
+    for_student, for_critic = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)
+    for step in (0, 3):                                                  # both denoising steps: step // critic_steps % steps
+        out = for_student(torch.Generator().manual_seed(step), step)
+        assert set(out) == {"loss", "dmd", "regression", "gap"} and all(v.isfinite() for v in out.values())
+        out["loss"].backward()
+        assert gradients(student, critic, teacher) == [True, False, False]
+        student.zero_grad()
+    for_critic(torch.Generator().manual_seed(0), 1)["loss"].backward()
+    assert gradients(student, critic, teacher) == [False, True, False]
+
+
+def test_every_denoising_step_is_trained(latents):
+    """The student plays on every third step; its gradient still visits all denoising steps."""
+    student, critic, teacher = (make_dit(seed) for seed in range(3))
+    p = distillation(critic_steps=2, steps=2, real_ratio=0.0, regression_weight=0.0)
+    loss = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0]
+    trained = []
+    for step in range(0, 8, 2):
+        calls = Calls(student)
+        loss(torch.Generator().manual_seed(step), step)
+        trained.append([t for t, grad in calls.seen if grad][0])
+    assert trained == pytest.approx(flow.timesteps(2, 3.0) * 2)
+
+
+def test_a_student_as_good_as_its_teacher_rests(latents):
+    """With the critic equal to an unguided teacher the scores agree, and matching has nothing to say."""
+    student, critic, teacher = make_dit(0), make_dit(1), make_dit(1)
+    p = distillation(guidance=1.0, regression_weight=0.0)
+    distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0](torch.Generator(), 0)["loss"].backward()
+    assert gradients(student) == [False]

@@ -1,0 +1,159 @@
+"""evaluate: a perfect copy of the truth scores perfectly, and every fault that the scores are for lowers its own score."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tiny import make_dit, make_latents
+from tmlib import evaluate, metrics
+from tmlib.data import Batch, to_float
+from tmlib.sampling import clip_noise
+
+T, SIDE = 33, 16
+
+
+class Mouths:
+    """A lip reader without fault: the frames below carry their mouth as the colour of three corners."""
+
+    def read(self, video):                                               # (B, 3, T, H, W) -> (B, T, 3)
+        corners = [video[:, 0, :, 0, 0], video[:, 0, :, 0, -1], video[:, 0, :, -1, 0]]
+        return (torch.stack(corners, -1) + 1) / 2
+
+
+class Faces:
+    """Features: the mean colour of four quarters of the picture."""
+
+    def features(self, frames):
+        return torch.nn.functional.avg_pool2d(frames, SIDE // 2).flatten(1)
+
+
+def draw(truth, looks):
+    """Frames uint8 (n, T, H, W, 3) that show `truth` (n, T, 3) on clips that differ in their looks and move a little."""
+    g = np.random.default_rng(0)
+    frames = np.repeat(looks[:, None], T, 1) + g.integers(-8, 9, (len(truth), T, SIDE, SIDE, 3))
+    frames = np.clip(frames, 0, 255).astype(np.uint8)
+    for i, (y, x) in enumerate(((0, 0), (0, -1), (-1, 0))):
+        frames[:, :, y, x] = np.round(255 * truth[..., i, None])
+    return frames
+
+
+class FakeClips:
+    def __init__(self, n=8):
+        g = np.random.default_rng(1)
+        self.meta = [{"kind": "listening" if i % 4 == 3 else "speaking", "style": ("flat", "line")[i % 2]} for i in range(n)]
+        noise = g.uniform(0, 1, (n, T + 2, 3)).astype(np.float32)
+        self.truth = 0.2 + 0.6 * (noise[:, :-2] + noise[:, 1:-1] + noise[:, 2:]) / 3
+        self.truth[self.where(kind="listening"), :, 0] = 0
+        self.looks = g.integers(0, 256, (n, SIDE, SIDE, 3))
+        self.frames = draw(self.truth, self.looks)
+
+    def where(self, **wanted):
+        return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
+
+
+@pytest.fixture
+def bench():
+    return evaluate.Bench(FakeClips(), None, None, Mouths(), Faces())
+
+
+def test_a_perfect_copy_scores_perfectly(bench):
+    clips = bench.clips
+    out, r, read = evaluate.score(clips.frames, bench, 3)
+    np.testing.assert_allclose(read, clips.truth, atol=0.003)
+    assert len(r) == 6 and (r > 0.999).all() and out["lip_r"] == pytest.approx(r.mean())
+    assert {"lip_r_lo", "lip_r_hi", "lip_r_flat", "lip_r_line"} <= set(out) and "lip_r_soft3d" not in out
+    assert out["lip_r_flat"] > 0.999 and out["lip_width_r"] > 0.999 and out["lip_opening_mae"] < 0.003
+    assert abs(out["lip_r_shuffled"]) < 0.4 and out["lip_offset_frames"] == 0
+    assert out["border_ratio"] == pytest.approx(out["border_ratio_real"]) and out["motion_ratio"] == pytest.approx(1)
+    assert out["listening_opening_mean"] == out["reader_closed_bias"] == 0 and out["listening_excess"] == 0
+    assert out["listening_motion"] == pytest.approx(out["listening_motion_real"])
+    assert out["psnr_db"] > 100 and out["frechet"] == pytest.approx(0, abs=1e-3) and out["identity_distance"] < 0.01
+    assert out["n"] == 8 and all(np.isfinite(v) for v in out.values())
+
+
+def test_late_and_foreign_lips_are_found(bench):
+    clips = bench.clips
+    late = draw(np.roll(clips.truth, 2, axis=1), clips.looks)            # the picture two frames behind the sound
+    out = evaluate.score(late, bench, 3)[0]
+    assert out["lip_offset_frames"] == 2 and out["lip_r"] < 0.6
+    speaking, foreign = clips.where(kind="speaking"), clips.truth.copy()
+    foreign[speaking] = np.roll(clips.truth[speaking], 1, axis=0)        # each says what another one should
+    out = evaluate.score(draw(foreign, clips.looks), bench, 3)[0]
+    assert out["lip_r"] < 0.4 and out["lip_r_shuffled"] > 0.999
+
+
+def test_other_faults_are_found(bench):
+    clips = bench.clips
+    jumps = clips.frames.copy()
+    jumps[:, 9:21, 4:12] = 255 - jumps[:, 9:21, 4:12]                    # chunk 1 of chunks of 3 has other colours
+    out = evaluate.score(jumps, bench, 3)[0]
+    assert out["border_ratio"] > 2 * out["border_ratio_real"] and out["motion_ratio"] > 1.1 and out["psnr_db"] < 30
+    open_mouth = clips.truth.copy()
+    open_mouth[clips.where(kind="listening"), :, 0] = 0.25
+    out = evaluate.score(draw(open_mouth, clips.looks), bench, 3)[0]
+    assert out["listening_excess"] == pytest.approx(out["listening_opening_mean"] / out["speaking_opening_mean"])
+    assert out["listening_opening_mean"] == pytest.approx(0.25, abs=0.01) and out["reader_closed_bias"] == 0
+    others = draw(clips.truth, np.roll(clips.looks, 1, axis=0))
+    out = evaluate.score(others, bench, 3)[0]
+    assert out["identity_distance"] > 0.1 and out["frechet"] == pytest.approx(0, abs=0.01)          # the same people, the wrong places
+
+
+def test_speech_alone_has_no_silence_scores(bench):
+    for m in bench.clips.meta:
+        m["kind"] = "speaking"
+    assert not any(k.startswith("listening") for k in evaluate.score(bench.clips.frames, bench, 3)[0])
+
+
+# ---- videos and losses -------------------------------------------------------------------------
+
+class FakeVAE:
+    """Latents to video: channel 0 becomes grey."""
+
+    def decode(self, z):
+        grey = z[:, :1].repeat(1, 3, 1, 1, 1)
+        return torch.cat([grey[:, :, :1], grey[:, :, 1:].repeat_interleave(4, 2)], 2), None
+
+
+def test_videos_come_in_order_whatever_the_batch(tmp_path):
+    latents = make_latents(tmp_path, n=5)
+    bench, seen = evaluate.Bench(None, latents, FakeVAE(), None, None), []
+
+    def make(batch, indices):
+        seen.append(indices)
+        assert isinstance(batch, Batch) and torch.equal(batch.z, latents.store["z"][indices]) and not torch.is_grad_enabled()
+        return batch.z
+
+    video = bench.videos(make, 2, "x")
+    assert seen == [[0, 1], [2, 3], [4]] and video.shape == (5, 21, 4, 4, 3) and video.dtype == np.uint8
+    np.testing.assert_array_equal(video, bench.videos(lambda b, i: b.z, 5, "x"))
+    np.testing.assert_array_equal(video, bench.ceiling())
+    torch.testing.assert_close(to_float(video)[:, 0, 0], latents.store["z"][:, 0, 0].clamp(-1, 1), atol=1 / 255, rtol=0)
+
+
+def test_features_are_of_every_fourth_frame(bench):
+    features, frames = bench.features(bench.clips.frames), bench.clips.frames
+    assert features.shape == (8, 9, 12)
+    alone = Faces().features(to_float(frames[2][20:21])[:, 0][None])[0]
+    np.testing.assert_allclose(features[2, 5], alone.numpy(), atol=1e-6)
+
+
+def test_flow_loss_by_hand(tmp_path):
+    latents, levels = make_latents(tmp_path), (200, 600)
+    dit = lambda x, t, **conditions: torch.zeros_like(x[:, :16])
+    got = evaluate.flow_loss(dit, latents, True, levels)
+    for i in range(4):
+        z, w = latents.store["z"][i], latents.store["weight"][i]
+        error = [((clip_noise([1000 * i + t], z.shape)[0] - z) ** 2 * w).mean() / w.mean() for t in levels]
+        assert got[i] == pytest.approx(float(sum(error) / 2), rel=1e-5)
+
+
+def test_flow_loss_is_a_clips_own_and_hears_when_asked(tmp_path):
+    latents, dit = make_latents(tmp_path), make_dit()
+    got = evaluate.flow_loss(dit, latents, True)
+    np.testing.assert_allclose(evaluate.flow_loss(dit, latents, True, batch_size=3), got, rtol=1e-5)
+    assert np.abs(evaluate.flow_loss(dit, latents, False) - got).max() > 1e-4
+    latents.store["audio"].mul_(0)
+    deaf = evaluate.flow_loss(dit, latents, False)
+    latents.store["audio"].normal_()
+    np.testing.assert_array_equal(evaluate.flow_loss(dit, latents, False), deaf)            # sound does not leak in

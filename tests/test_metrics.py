@@ -1,0 +1,154 @@
+"""metrics: every number against brute force or a case whose answer is known."""
+import numpy as np
+import pytest
+
+from tmlib import metrics
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def film(rng, n=3, T=21, size=16):
+    return rng.integers(0, 256, (n, T, size, size, 3), dtype=np.uint8)
+
+
+# ---- lips --------------------------------------------------------------------------------------
+
+def test_pearson(rng):
+    a, b = rng.standard_normal((2, 50))
+    assert metrics.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert metrics.pearson(a, 3 * a + 2) == pytest.approx(1) and metrics.pearson(a, -a) == pytest.approx(-1)
+    assert metrics.pearson(a, np.full(50, 0.7)) == 0                     # a still mouth follows nothing
+    assert metrics.lip_r(np.stack([a, b]), np.stack([a, a])).tolist() == pytest.approx([1, np.corrcoef(a, b)[0, 1]])
+
+
+@pytest.mark.parametrize("late", [-4, -1, 0, 1, 3, 5])
+def test_lip_offset_is_positive_when_the_picture_is_late(rng, late):
+    mouth = rng.standard_normal((4, 60))
+    truth = mouth[:, 10:50]
+    read = mouth[:, 10 - late:50 - late] + 0.1 * rng.standard_normal((4, 40))               # what was said `late` frames ago
+    assert metrics.lip_offset(read, truth) == late
+
+
+def test_bootstrap(rng):
+    mean, lo, hi = metrics.bootstrap([2.0, 2.0, 2.0])
+    assert mean == lo == hi == 2
+    assert metrics.bootstrap(np.arange(9.0)) == metrics.bootstrap(np.arange(9.0))           # the same each time
+    inside = [lo <= 5 <= hi for _ in range(200) for _, lo, hi in [metrics.bootstrap(rng.normal(5, 2, 40), n=400)]]
+    assert 0.88 <= np.mean(inside) <= 0.99                               # an interval of 95 % holds the truth as often
+    _, lo, hi = metrics.bootstrap(rng.normal(0, 1, 400))
+    assert hi - lo == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert metrics.interval("x", np.array([1.0, 1.0])) == {"x": 1, "x_lo": 1, "x_hi": 1}
+
+
+def test_bootstrap_ratio(rng):
+    bottom = rng.uniform(1, 3, 30)
+    assert metrics.bootstrap_ratio(2 * bottom, bottom) == pytest.approx((2, 2, 2))          # the same clips, top and bottom
+    top = rng.uniform(1, 3, 30)
+    ratio, lo, hi = metrics.bootstrap_ratio(top, bottom)
+    assert ratio == pytest.approx(top.mean() / bottom.mean()) and lo < ratio < hi
+
+
+# ---- motion ------------------------------------------------------------------------------------
+
+def test_frame_difference(rng):
+    video = film(rng)
+    by_hand = [[np.abs(v[t + 1].astype(float) - v[t]).mean() for t in range(20)] for v in video]
+    np.testing.assert_allclose(metrics.frame_difference(video), by_hand)
+
+
+@pytest.mark.parametrize("chunk, count", [(1, 4), (2, 5), (3, 7), (7, 3)])
+def test_borders_lie_where_chunks_meet(chunk, count):
+    sizes = [1 + 4 * (chunk - 1)] + [4 * chunk] * (count - 1)            # frames of chunk 0, and of every other
+    owner = np.repeat(np.arange(count), sizes)
+    np.testing.assert_array_equal(metrics.borders(len(owner), chunk), np.flatnonzero(np.diff(owner)))
+
+
+def test_border_ratio():
+    video = np.zeros((2, 33, 8, 8, 3), np.uint8)                         # chunks of 3: frames 0-8, 9-20, 21-32
+    level = np.arange(33) + 2 * (np.arange(33) >= 9) + 2 * (np.arange(33) >= 21)            # 1 inside, 3 across
+    video[0] = level[:, None, None, None]
+    video[1] = np.arange(33)[:, None, None, None]
+    np.testing.assert_allclose(metrics.border_ratio(video, 3), [3, 1])
+    assert metrics.border_ratio(np.zeros_like(video), 3).tolist() == [0, 0]                 # a still picture has no borders
+
+
+# ---- fidelity ----------------------------------------------------------------------------------
+
+def test_psnr(rng):
+    a = film(rng)
+    b = np.where(a > 127, a - 5, a + 5).astype(np.uint8)
+    np.testing.assert_allclose(metrics.psnr(a, b), 10 * np.log10(255 ** 2 / 25), rtol=1e-6)
+    np.testing.assert_array_equal(metrics.psnr(a, b), metrics.psnr(b, a))                   # no wrap-around of uint8
+    assert (metrics.psnr(a, a) > 100).all()
+
+
+def test_ssim(rng):
+    a = film(rng, 1, 4, 24)[0]
+    assert metrics.ssim(a, a) == pytest.approx(1)
+    noisy = np.clip(a + rng.normal(0, 40, a.shape), 0, 255).astype(np.uint8)
+    more = np.clip(a + rng.normal(0, 90, a.shape), 0, 255).astype(np.uint8)
+    assert 1 > metrics.ssim(a, noisy) > metrics.ssim(a, more) > 0
+    assert metrics.ssim(a, noisy) == pytest.approx(metrics.ssim(noisy, a))
+    assert abs(metrics.ssim(a, film(rng, 1, 4, 24)[0])) < 0.1
+    flat = lambda v: np.full((1, 8, 8, 3), v, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert metrics.ssim(flat(100), flat(150)) == pytest.approx((2 * 100 * 150 + c1) / (100 ** 2 + 150 ** 2 + c1), rel=1e-3)
+    assert metrics.ssim(a[:, :23, :19], a[:, :23, :19]) == pytest.approx(1)                 # sides that 8 does not divide
+
+
+def test_frechet(rng):
+    a = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6))
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-8)
+    assert metrics.frechet(a, a + 2.0) == pytest.approx(4 * 6)           # |mean difference|^2
+    z = rng.standard_normal((4000, 3))
+    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T      # covariance exactly 1
+    s1, s2 = np.array([1.0, 2, 3]), np.array([2.0, 2, 0.5])
+    assert metrics.frechet(z * s1, z * s2) == pytest.approx(((s1 - s2) ** 2).sum())         # commuting Gaussians
+    b = rng.standard_normal((300, 6))
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a)) and metrics.frechet(a, b) > 0.1
+
+
+# ---- drift -------------------------------------------------------------------------------------
+
+def test_lab_of_known_colours():
+    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.74, -86.18, 83.18),
+             (0, 0, 255): (32.30, 79.19, -107.86), (119, 119, 119): (50.03, 0, 0)}
+    frames = np.stack([np.full((4, 4, 3), c, np.uint8) for c in known])
+    np.testing.assert_allclose(metrics.lab(frames), list(known.values()), atol=0.1)
+
+
+def test_lab_is_the_mean_of_the_picture():
+    two = np.zeros((1, 2, 4, 3), np.uint8)
+    two[:, 0] = 255
+    np.testing.assert_allclose(metrics.lab(two), [[50, 0, 0]], atol=0.1)
+
+
+def test_sharpness(rng):
+    frames = film(rng, 1, 2)[0]
+    g = frames.astype(float).mean(-1)
+    by_hand = [np.mean([abs(4 * x[i, j] - x[i - 1, j] - x[i + 1, j] - x[i, j - 1] - x[i, j + 1]) for i in range(1, 15) for j in range(1, 15)])
+               for x in g]
+    np.testing.assert_allclose(metrics.sharpness(frames), by_hand, rtol=1e-5)
+    assert metrics.sharpness(np.full((1, 8, 8, 3), 9, np.uint8)) == 0
+
+
+def test_cosine_distance(rng):
+    a = rng.standard_normal((5, 4))
+    np.testing.assert_allclose(metrics.cosine_distance(a, 3 * a), 0, atol=1e-12)
+    np.testing.assert_allclose(metrics.cosine_distance(a, -a), 2)
+    np.testing.assert_allclose(metrics.cosine_distance(np.eye(3), np.array([1.0, 0, 0])), [0, 1, 1])
+    assert metrics.cosine_distance(np.zeros((1, 3)), np.ones(3)) == 1    # of nothing: no division by zero
+
+
+def test_slope():
+    assert metrics.slope(np.array([1.0, 3, 5])) == pytest.approx(2)
+    assert metrics.slope(np.array([1.0, 3, 5]), [0, 10, 20]) == pytest.approx(0.2)
+
+
+def test_latency():
+    made = metrics.latency([0.1] * 50 + [0.2] * 50 + [0.3], "chunk")
+    assert set(made) == {"chunk_ms_p50", "chunk_ms_p95"} and made["chunk_ms_p50"] == pytest.approx(200)
+    assert metrics.latency(list(np.arange(101) / 1000), "x") == pytest.approx({"x_ms_p50": 50, "x_ms_p95": 95})

@@ -1,0 +1,299 @@
+"""train: a run that was killed and resumed is the run that was not, bit for bit, and what keys its state notices every change."""
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import make_dit, make_latents
+from tmlib import config, flow, losses, train
+from tmlib.train import Optim, Player, fingerprint, generator, schedule
+
+
+class Net(nn.Module):
+    """One matrix for Muon, one too small for it, a bias, a head and a buffer."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 4, bias=False), nn.Linear(4, 16)])
+        self.head = nn.Linear(16, 16)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
+class Killed(Exception):
+    pass
+
+
+def two_players(die_at=None, seed=0):
+    """A student that plays every second step against a critic, as in distillation: each one's loss needs the other."""
+    student, critic = Net(seed), Net(seed + 1)
+
+    def student_loss(g, step):
+        x = torch.randn(8, 16, generator=g)
+        loss = (student(x) - critic(x).detach()).square().mean()
+        return {"loss": loss, "double": 2 * loss}
+
+    def critic_loss(g, step):
+        if step == die_at:
+            raise Killed
+        x = torch.randn(8, 16, generator=g)
+        return {"loss": (critic(x) - x - student(x).detach()).square().mean()}
+
+    muon = Optim(lr=1e-2, muon=2e-2, warmup=2, ema=0.9)
+    return [Player("student", student, student_loss, muon, every=2), Player("critic", critic, critic_loss, Optim(lr=1e-2, warmup=1))]
+
+
+def one_player(optim, seed=0):
+    net = Net(seed)
+
+    def loss(g, step):
+        x = torch.randn(8, 16, generator=g)
+        return {"loss": (net(x) - x).square().mean()}
+    return Player("net", net, loss, optim)
+
+
+def weights(players):
+    return {f"{p.name}.{k}": v.clone() for p in players for k, v in p.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def straight(tmp_path):
+    players = two_players()
+    history = train.train(players, 6, 0, tmp_path / "straight", "x", log_every=1)
+    return weights(players), history
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_stopped_and_resumed_is_straight(straight, tmp_path, at):
+    train.train(two_players(), 6, 0, tmp_path / "state", "x", log_every=1, stop_at=at)
+    players = two_players(seed=50)                                       # whatever the new process begins with
+    history = train.train(players, 6, 0, tmp_path / "state", "x", log_every=1)
+    assert same(weights(players), straight[0])
+    assert history == straight[1]
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_killed_in_the_middle_of_a_step(straight, tmp_path, at):
+    """Step 4: the student has moved already when the critic dies."""
+    with pytest.raises(Killed):
+        train.train(two_players(die_at=at), 6, 0, tmp_path / "state", "x", save_every_s=0, log_every=1)
+    players = two_players(seed=50)
+    history = train.train(players, 6, 0, tmp_path / "state", "x", log_every=1)
+    assert same(weights(players), straight[0]) and history == straight[1]
+
+
+def test_killed_before_any_state_begins_anew(straight, tmp_path):
+    with pytest.raises(Killed):
+        train.train(two_players(die_at=3), 6, 0, tmp_path / "state", "x", log_every=1)
+    players = two_players()
+    train.train(players, 6, 0, tmp_path / "state", "x", log_every=1)
+    assert same(weights(players), straight[0])
+
+
+def test_a_finished_run_is_not_run_again(straight, tmp_path):
+    players = two_players(die_at=0, seed=50)
+    history = train.train(players, 6, 0, tmp_path / "straight", "x", log_every=1)
+    assert same(weights(players), straight[0]) and history == straight[1]
+
+
+def test_the_seed_matters(straight, tmp_path):
+    players = two_players()
+    train.train(players, 6, 1, tmp_path / "other", "x")
+    assert not same(weights(players), straight[0])
+
+
+def test_players_play_when_it_is_their_turn(tmp_path):
+    turns = []
+    players = two_players()
+    for p in players:
+        p.loss = (lambda name, loss: lambda g, step: turns.append((name, step)) or loss(g, step))(p.name, p.loss)
+    history = train.train(players, 5, 0, tmp_path, "x", log_every=2)
+    assert turns == [("student", 0), ("critic", 0), ("critic", 1), ("student", 2), ("critic", 2), ("critic", 3), ("student", 4), ("critic", 4)]
+    assert [h["step"] for h in history] == [2, 4, 5]
+    assert set(history[0]) == {"step", *(f"{p}_{k}" for p, k in itertools.product(("student", "critic"), ("loss", "grad_norm"))), "student_double"}
+    single = train.train([one_player(Optim(1e-3))], 2, 0, tmp_path / "single", "x")
+    assert set(single[0]) == {"step", "loss", "grad_norm"}
+
+
+# ---- optimisers --------------------------------------------------------------------------------
+
+def test_schedule():
+    o = Optim(1.0, warmup=4)
+    assert [schedule(s, 100, o) for s in range(4)] == pytest.approx([0.25, 0.5 * 0.99, 0.75 * 0.98, 0.97])
+    assert schedule(50, 100, o) == pytest.approx(0.5) and schedule(99, 100, o) == pytest.approx(0.01)
+    flat = Optim(1.0, warmup=0, decay=False)
+    assert schedule(0, 10, flat) == schedule(9, 10, flat) == 1
+
+
+def test_learning_rates_follow_the_schedule(tmp_path):
+    p = one_player(Optim(lr=0.1, muon=0.3, warmup=2))
+    seen, loss = [], p.loss
+    p.loss = lambda g, step: seen.append([o.param_groups[0]["lr"] for o in p.optimisers]) or loss(g, step)
+    train.train([p], 4, 0, tmp_path, "x")
+    assert [s[0] for s in seen] == pytest.approx([0.05, 0.075, 0.05, 0.025])
+    assert [s[1] for s in seen] == pytest.approx([3 * s[0] for s in seen])
+
+
+def test_muon_takes_matrices_of_blocks_only():
+    net = Net(0)
+    net.blocks[2].weight.requires_grad_(False)
+    names = {id(p): n for n, p in net.named_parameters()}
+    held = lambda optimiser: {names[id(p)] for g in optimiser.param_groups for p in g["params"]}
+    adam, muon = train.build_optimisers(net, Optim(1e-3, muon=1e-3))
+    assert held(muon) == {"blocks.0.weight"}
+    assert held(adam) == {"blocks.0.bias", "blocks.1.weight", "blocks.2.bias", "head.weight", "head.bias"}
+    alone, = train.build_optimisers(net, Optim(1e-3))
+    assert held(alone) == held(adam) | held(muon)
+
+
+def test_average_by_hand(tmp_path):
+    p = one_player(Optim(1e-2, warmup=1, ema=0.5))
+    after, loss = [], p.loss
+    p.loss = lambda g, step: after.append(weights([p])) or loss(g, step)                    # weights before each step
+    train.train([p], 4, 0, tmp_path, "x")
+    raw = torch.load(tmp_path / "state.pt", weights_only=True)["players"]["net"]["model"]
+    after = after[1:] + [{f"net.{k}": v for k, v in raw.items()}]
+    first = Net(0).state_dict()
+    for k, v in p.model.state_dict().items():
+        average = first[k]
+        for step, w in enumerate(after):
+            decay = min(0.5, (step + 1) / (step + 10))
+            average = decay * average + (1 - decay) * w[f"net.{k}"] if v.is_floating_point() else w[f"net.{k}"]
+        torch.testing.assert_close(v, average)
+    assert not torch.equal(p.model.head.weight, after[-1]["net.head.weight"])
+
+
+def test_a_gradient_that_explodes_is_told(tmp_path):
+    p = one_player(Optim(1e-2))
+    loss = p.loss
+    p.loss = lambda g, step: {k: v * (float("inf") if step == 2 else 1) for k, v in loss(g, step).items()}
+    with pytest.raises(FloatingPointError, match="net: gradient is .* at step 2.*learning rate"):
+        train.train([p], 5, 0, tmp_path, "x")
+    assert all(q.isfinite().all() for q in p.model.parameters())         # the bad step was not taken
+
+
+def test_gradients_are_clipped(tmp_path):
+    p = one_player(Optim(1e-2, clip=0.1, warmup=1))
+    loss = p.loss
+    p.loss = lambda g, step: {k: 1000 * v for k, v in loss(g, step).items()}
+    history = train.train([p], 1, 0, tmp_path, "x")
+    assert history[0]["grad_norm"] > 10                                  # told as it was
+    norm = torch.stack([q.grad.norm() for q in p.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.1, rel=1e-3)
+
+
+# ---- keys --------------------------------------------------------------------------------------
+
+def test_fingerprint_of_parameters():
+    base = fingerprint({"a": 1, "b": [1, 2]})
+    assert len(base) == 12 and base == fingerprint({"b": [1, 2], "a": 1}) == fingerprint(SimpleNamespace(b=[1, 2], a=1))
+    different = [{"a": 2, "b": [1, 2]}, {"a": 1, "b": [2, 1]}, {"a": 1}, {"a": "1", "b": [1, 2]}, {"a": {"a": 1, "b": [1, 2]}}]
+    assert len({base, *map(fingerprint, different)}) == 6
+    assert fingerprint(1, 2) != fingerprint(12) and fingerprint("a", "b") != fingerprint("ab")
+    assert fingerprint(Optim(1e-3)) != fingerprint(Optim(1e-3, ema=0.9))
+
+
+def test_fingerprint_of_files(tmp_path):
+    path = tmp_path / "in" / "a.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"one")
+    file, folder = fingerprint(path), fingerprint(path.parent)
+    assert (file, folder) == (fingerprint(path), fingerprint(path.parent))
+    path.write_bytes(b"two")
+    assert fingerprint(path) != file and fingerprint(path.parent) != folder
+    folder = fingerprint(path.parent)
+    (path.parent / "deeper").mkdir()
+    (path.parent / "deeper" / "b.bin").write_bytes(b"three")
+    assert fingerprint(path.parent) != folder
+    path.rename(path.with_name("c.bin"))
+    assert fingerprint(path.parent / "c.bin") != fingerprint(path.parent / "deeper" / "b.bin") != file
+
+
+def test_state_folder_is_keyed_by_parameters_and_inputs(tmp_path):
+    (tmp_path / "x").write_bytes(b"1")
+    a = train.state_folder("codec", {"lr": 1}, tmp_path / "x")
+    assert a.parent == train.SCRATCH and a.name.startswith("codec-") and a == train.state_folder("codec", {"lr": 1}, tmp_path / "x")
+    assert train.state_folder("codec", {"lr": 2}, tmp_path / "x") != a
+    (tmp_path / "x").write_bytes(b"2")
+    assert train.state_folder("codec", {"lr": 1}, tmp_path / "x") != a
+
+
+def test_generators_depend_on_their_key_alone():
+    draw = lambda *key: torch.randn(4, generator=generator(*key)).tolist()
+    assert draw(0, 1, "a") == draw(0, 1, "a")
+    torch.randn(100)
+    assert draw(0, 1, "a") == draw(0, 1, "a")
+    assert len({tuple(draw(*key)) for key in itertools.product((0, 1), (0, 1), "ab")}) == 8
+
+
+def test_finish_removes_the_state(tmp_path):
+    train.train([one_player(Optim(1e-3))], 1, 0, tmp_path / "state", "x")
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["state.pt"]                 # nothing half-written beside it
+    train.finish(tmp_path / "state")
+    train.finish(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+# ---- flow matching -----------------------------------------------------------------------------
+
+def flow_params(**changes):
+    return SimpleNamespace(**{**dict(batch=3, repeats=4, shift=3.0, drop_audio=0.0, drop_text=0.0), **changes})
+
+
+def test_noise_levels_are_stratified(tmp_path):
+    latents, seen = make_latents(tmp_path), []
+
+    def dit(x, t, **conditions):
+        seen.append((x, t, conditions))
+        return torch.zeros_like(x[:, :16])
+
+    out = train.flow_matching_loss(dit, latents, flow_params())(generator(0), 0)
+    x, t, conditions = seen[0]
+    u = flow.unshift_sigma(t.double() / 1000, 3.0)
+    assert sorted((u * 12).floor().int().tolist()) == list(range(12))    # one level in each twelfth, all clips together
+    for i in range(0, 12, 4):                                            # each clip four times
+        assert all(torch.equal(conditions["audio"][i], conditions["audio"][i + j]) for j in range(4))
+    assert out["loss"].item() == pytest.approx(2, rel=0.2)               # |eps - x_0|^2 of two unit Gaussians
+
+
+def test_flow_matching_on_the_real_model(tmp_path):
+    dit, latents = make_dit(), make_latents(tmp_path)
+    loss = train.flow_matching_loss(dit, latents, flow_params(drop_audio=0.5, drop_text=0.5))
+    a, b = loss(generator(0), 0)["loss"], loss(generator(0), 5)["loss"]
+    assert a.isfinite() and torch.equal(a, b) and not torch.equal(a, loss(generator(1), 0)["loss"])
+
+
+def test_a_model_that_has_not_met_sound_learns_nothing_about_it(tmp_path):
+    dit, latents = make_dit(), make_latents(tmp_path)
+    sounding = lambda: [n for n, q in dit.named_parameters() if "audio" in n and q.grad is not None and q.grad.any()]
+    train.flow_matching_loss(dit, latents, flow_params(drop_audio=1.0))(generator(0), 0)["loss"].backward()
+    assert not sounding() and dit.blocks[0].attn1.to_q.weight.grad.any()
+    train.flow_matching_loss(dit, latents, flow_params())(generator(0), 0)["loss"].backward()
+    assert sounding()
+
+
+def test_the_real_model_resumes(tmp_path):
+    latents, optim = make_latents(tmp_path), Optim(1e-3, muon=1e-3, warmup=1, ema=0.9)
+
+    def player(seed):
+        dit = make_dit(seed)
+        return [Player("dit", dit, train.flow_matching_loss(dit, latents, flow_params(drop_audio=0.3)), optim)]
+
+    straight, first, second = player(0), player(0), player(9)
+    train.train(straight, 4, 0, tmp_path / "a", "x")
+    train.train(first, 4, 0, tmp_path / "b", "x", stop_at=2)
+    train.train(second, 4, 0, tmp_path / "b", "x")
+    assert same(weights(straight), weights(second))

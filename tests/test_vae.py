@@ -1,0 +1,216 @@
+"""vae: chunk by chunk = whole, the future never leaks into the past, and files that do not fit say so."""
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tiny import stir
+from tmlib import vae as v
+from tmlib.config import UserError
+from tmlib.vae import VAEConfig, VideoVAE, from_groups, load_vae, save_vae, to_groups
+
+SMALL = dict(encoder=(8, 12, 16), decoder=(8, 12, 16), blocks=1)
+
+
+def make(seed=0, scale=0.03, **changes):
+    torch.manual_seed(seed)
+    vae = stir(VideoVAE(VAEConfig(**{**SMALL, **changes})), scale, seed).eval().requires_grad_(False)
+    vae.mean.normal_(), vae.std.uniform_(0.5, 1.5)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def film(frames, side=16, seed=0):
+    return randn(2, 3, frames, side, side, seed=seed).mul(0.3).clamp(-1, 1)
+
+
+# ---- groups ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("patch", [1, 2, 8])
+def test_groups_and_back(patch):
+    video = film(9)
+    x = to_groups(video, patch)
+    assert x.shape == (2, 12 * patch ** 2, 3, 16 // patch, 16 // patch)
+    back = from_groups(x, patch)
+    assert torch.equal(back[:, :, 3:], video)
+    assert all(torch.equal(back[:, :, i], video[:, :, 0]) for i in range(3))
+
+
+def test_latent_k_holds_its_own_frames():
+    video = torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 3, 9, 8, 8)
+    held = [set(to_groups(video, 2)[0, :, k].unique().tolist()) for k in range(3)]
+    assert held == [{0}, {1, 2, 3, 4}, {5, 6, 7, 8}]                     # [0, 1), then [4k - 3, 4k + 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 16), (9, 12, 16), (9, 16, 20), (0, 16, 16)])
+def test_wrong_videos_are_refused(shape):
+    with pytest.raises(ValueError, match="4k"):
+        to_groups(torch.zeros(1, 3, *shape), 2)
+
+
+def test_depth_and_space():
+    x = randn(2, 8, 3, 4, 6)
+    assert v.depth_to_space(x).shape == (2, 2, 3, 8, 12)
+    assert torch.equal(v.space_to_depth(v.depth_to_space(x)), x)
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kernel_t", [1, 2, 3])
+@pytest.mark.parametrize("chunks", [[1] * 7, [3, 3, 1], [1, 2, 4], [2, 5], [6, 1]])
+def test_chunks_decode_to_the_whole(chunks, kernel_t):
+    vae, z = make(kernel_t=kernel_t), 0.5 * randn(2, 16, 7, 2, 2)
+    whole, last = vae.decode(z)
+    assert whole.shape == (2, 3, 25, 16, 16) and (whole.abs() < 1).float().mean() > 0.5     # the clamp hides nothing
+    parts, cache = [], None
+    for part in z.split(chunks, dim=2):
+        video, cache = vae.decode(part, cache)
+        assert video.shape[2] == 4 * part.shape[2] - (0 if parts else 3)
+        parts.append(video)
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=0)
+    assert [c.shape for c in cache] == [c.shape for c in last]           # the cache never grows
+    for a, b in zip(cache, last):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_cache_matters(vae):
+    z = randn(1, 16, 4, 2, 2)
+    _, cache = vae.decode(z[:, :, :3])
+    fresh = vae.decode(z[:, :, 3:], [torch.zeros_like(c) for c in cache])[0]
+    assert (vae.decode(z[:, :, 3:], cache)[0] - fresh).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("t", [1, 3, 5])
+def test_decoder_does_not_see_the_future(vae, t):
+    z = randn(1, 16, 6, 2, 2)
+    other = z.clone()
+    other[:, :, t] += 1
+    a, b = vae.decode(z)[0], vae.decode(other)[0]
+    assert torch.equal(a[:, :, :4 * t - 3], b[:, :, :4 * t - 3])
+    assert (a - b)[:, :, 4 * t - 3:4 * t + 1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_encoder_does_not_see_the_future(vae, k):
+    video = film(13)
+    other = video.clone()
+    other[:, :, 4 * k - 3:] *= -1
+    a, b = vae.encode(video), vae.encode(other)
+    assert a.shape == (2, 16, 4, 2, 2)
+    assert torch.equal(a[:, :, :k], b[:, :, :k]) and (a - b)[:, :, k].abs().max() > 1e-3
+
+
+def test_image_condition_is_a_picture_and_grey(vae):
+    image = film(1)
+    z = vae.image_condition(image, 4)
+    assert torch.equal(z, vae.encode(torch.cat([image, torch.zeros(2, 3, 12, 16, 16)], 2)))
+    torch.testing.assert_close(z[:, :, :1], vae.encode(image), atol=1e-5, rtol=0)
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+def test_statistics_normalise_and_cancel():
+    vae, video = make(), film(9)
+    vae.mean.zero_(), vae.std.fill_(1)
+    raw, seen = vae.encode(video), vae.decode(vae.encode(video))[0]
+    vae.set_statistics(raw)
+    z = vae.encode(video)
+    torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3, 4)), torch.ones(16))
+    torch.testing.assert_close(vae.decode(z)[0], seen, atol=1e-5, rtol=0)
+
+
+def test_start_is_the_best_linear_codec():
+    """Patches of 16 patterns come back exactly; more patterns come back as by principal components."""
+    torch.manual_seed(0)
+    vae = VideoVAE(VAEConfig(**SMALL))
+    patterns, share = randn(16, 3, 8, 8), 0.05 * randn(8, 16, 2, 2)
+    still = torch.einsum("bkij,kcyx->bciyjx", share, patterns).reshape(8, 3, 1, 16, 16).expand(-1, -1, 5, -1, -1)
+    vae.start_linear(still)
+    torch.testing.assert_close(vae.decode(vae.encode(still))[0], still.clamp(-1, 1), atol=1e-4, rtol=0)
+    z = vae.encode(still)
+    torch.testing.assert_close(z.square().mean((0, 2, 3, 4)).sqrt(), torch.ones(16), atol=1e-3, rtol=0)
+
+    noisy = film(9)
+    vae.start_linear(noisy)
+    x = to_groups(noisy, 8).movedim(1, -1).flatten(0, -2)
+    u, s, w = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    best = x.mean(0) + (u[:, :16] * s[:16]) @ w[:16]
+    got = to_groups(vae.decode(vae.encode(noisy))[0], 8)[:, :, 1:]       # group 0 repeats a frame that it must not know four times
+    best = from_groups(best.view(2, 3, 2, 2, 768).movedim(-1, 1), 8)[:, :, 4:].clamp(-1, 1)
+    torch.testing.assert_close(from_groups(got, 8), best, atol=1e-4, rtol=0)
+
+
+def test_start_on_too_few_patterns_is_finite():
+    vae = VideoVAE(VAEConfig(**SMALL))
+    flat = torch.full((2, 3, 5, 16, 16), 0.25)
+    vae.start_linear(flat)
+    torch.testing.assert_close(vae.decode(vae.encode(flat))[0], flat, atol=1e-3, rtol=0)
+
+
+def test_loss_by_hand():
+    vae = make(scale=0.01)
+    video, noise = film(9).mul(0.3), randn(2, 16, 3, 2, 2, seed=1)
+    weight = 1 + torch.rand(2, 1, 9, 16, 16, generator=torch.Generator().manual_seed(2))
+    mean, logvar = vae.posterior(video)
+    z = mean + noise * (logvar / 2).exp()
+    out = vae.decode((z - vae.mean) / vae.std)[0]
+    assert out.abs().max() < 1                                           # else the clamp would tell
+    got = vae.loss(video, weight, noise, kl=0.3)
+    l1 = ((out - video).abs() * weight).mean()
+    error = out - video
+    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3, 4))
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(got["l1"], l1)
+    torch.testing.assert_close(got["kl"], kl)
+    torch.testing.assert_close(got["loss"], l1 + 0.5 * edges + 0.3 * kl)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+def test_save_and_load(vae, tmp_path):
+    save_vae(vae, tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["vae.safetensors"]
+    loaded, video = load_vae(tmp_path / "new"), film(5)
+    assert torch.equal(loaded.encode(video), vae.encode(video)) and torch.equal(loaded.mean, vae.mean)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_files_that_do_not_fit_say_so_in_a_line(vae, tmp_path):
+    path = tmp_path / "vae.safetensors"
+
+    def refused(match):
+        with pytest.raises(UserError, match=match) as caught:
+            load_vae(tmp_path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused("missing")
+    path.write_bytes(b"not safetensors at all")
+    refused("not a codec")
+    save_file({"x": torch.zeros(1)}, path)                               # no configuration
+    refused("not a codec")
+    save_file({"x": torch.zeros(1)}, path, {"config": '{"z_dim": 16}'})  # other weights
+    refused("not a codec")
+    save_vae(vae, tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])                           # cut short
+    refused("not a codec")
+
+
+@pytest.mark.parametrize("wrong", [dict(encoder=(8, 16)), dict(decoder=(8, 8, 8, 8)), dict(patch=4)])
+def test_widths_must_end_at_an_eighth(wrong):
+    with pytest.raises(UserError, match="1/8"):
+        VAEConfig(**{**SMALL, **wrong})
+
+
+def test_time_is_looked_at_in_small_pictures_only():
+    for widths in ((8, 12, 16), (16, 16, 16)):                           # equal widths make no difference
+        net = VideoVAE(VAEConfig(encoder=widths, decoder=widths, blocks=1)).encoder
+        assert [b[0].conv1.kernel_size[0] for b in net.stages] == [1, 1, 3]

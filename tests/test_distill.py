@@ -15,7 +15,7 @@ def dit():
 
 @pytest.fixture
 def latents(tmp_path):
-    return make_latents(tmp_path, frames=9)
+    return make_latents(tmp_path, frames=12)                             # four chunks: the last must not see all before it
 
 
 def noise_of(batch, seed=0):
@@ -170,14 +170,37 @@ def test_matching_reaches_its_own_player_alone(latents, cache, real_ratio):
     student, critic, teacher = (make_dit(seed) for seed in range(3))
     p = distillation(cache=cache, real_ratio=real_ratio)
     for_student, for_critic = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)
+    judges = Calls(critic), Calls(teacher)
     for step in (0, 3):                                                  # both denoising steps: step // critic_steps % steps
         out = for_student(torch.Generator().manual_seed(step), step)
         assert set(out) == {"loss", "dmd", "regression", "gap"} and all(v.isfinite() for v in out.values())
         out["loss"].backward()
         assert gradients(student, critic, teacher) == [True, False, False]
         student.zero_grad()
+    assert not any(grad for judge in judges for _, grad in judge.seen)   # no graph is kept of those who only judge
     for_critic(torch.Generator().manual_seed(0), 1)["loss"].backward()
     assert gradients(student, critic, teacher) == [False, True, False]
+
+
+def test_matching_by_hand(latents):
+    """The guided teacher against the critic, both on the student's sample, noised anew."""
+    student, critic, teacher = (make_dit(seed).requires_grad_(seed == 0) for seed in range(3))
+    p = distillation(real_ratio=0.0, regression_weight=0.5, guidance=3.0)
+    pairs, seeded = pairs_of(latents), lambda: torch.Generator().manual_seed(4)
+    got = distill.matching_losses(student, critic, teacher, latents, pairs, p)[0](seeded(), 0)
+    g = seeded()
+    batch, _ = latents.draw(2, g), torch.rand((), generator=g)
+    x = distill.student(student, batch, distill.drawn(batch.z.shape, g), p, 0)
+    t = flow.random_timesteps(2, p.shift, g, 20, 980)
+    x_t = flow.add_noise(x, torch.randn(x.shape, generator=g), t)
+    run = lambda net, **sound: net(torch.cat([x_t, batch.cond], 1), t, **{**batch.conditions(), **sound})
+    null = run(teacher, audio=torch.zeros_like(batch.audio))
+    real = flow.x0_from_v(x_t, null + 3 * (run(teacher) - null), t)
+    fake = flow.x0_from_v(x_t, run(critic), t)
+    torch.testing.assert_close(got["gap"], (fake - real).abs().mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got["dmd"], losses.dmd(x, real, fake, batch.weight), atol=1e-5, rtol=1e-4)
+    regression = distill.regression_loss(student, latents, pairs, p)(g, 0)["loss"]
+    torch.testing.assert_close(got["loss"], got["dmd"] + 0.5 * regression)
 
 
 def test_every_denoising_step_is_trained(latents):

@@ -21,6 +21,13 @@ class Mouths:
         return (torch.stack(corners, -1) + 1) / 2
 
 
+class Biased(Mouths):
+    """Reads every mouth a little too open."""
+
+    def read(self, video):
+        return super().read(video) + torch.tensor([0.1, 0.0, 0.0])
+
+
 class Faces:
     """Features: the mean colour of four quarters of the picture."""
 
@@ -94,6 +101,10 @@ def test_other_faults_are_found(bench):
     out = evaluate.score(draw(open_mouth, clips.looks), bench, 3)[0]
     assert out["listening_excess"] == pytest.approx(out["listening_opening_mean"] / out["speaking_opening_mean"])
     assert out["listening_opening_mean"] == pytest.approx(0.25, abs=0.01) and out["reader_closed_bias"] == 0
+    bench.lips = Biased()
+    biased = evaluate.score(draw(open_mouth, clips.looks), bench, 3)[0]
+    assert biased["reader_closed_bias"] == pytest.approx(0.1) and biased["listening_opening_mean"] == pytest.approx(0.35, abs=0.01)
+    assert biased["listening_excess"] * biased["speaking_opening_mean"] == pytest.approx(0.25, abs=0.01)     # the ruler's own error is not the model's
     others = draw(clips.truth, np.roll(clips.looks, 1, axis=0))
     out = evaluate.score(others, bench, 3)[0]
     assert out["identity_distance"] > 0.1 and out["frechet"] == pytest.approx(0, abs=0.01)          # the same people, the wrong places

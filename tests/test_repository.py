@@ -22,7 +22,7 @@ PIPELINE = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
 
 # Who may import whom at the top of a file; everybody may import config. Acyclic by construction: only names further up.
 ALLOWED = {
-    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "notebook": "", "weights": "",
+    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "notebook": "", "weights": "",
     "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention layers weights", "vae": "attention weights", "audio": "attention weights",

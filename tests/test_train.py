@@ -89,7 +89,7 @@ def test_stopped_and_resumed_is_straight(straight, tmp_path, at):
 def test_killed_in_the_middle_of_a_step(straight, tmp_path, at):
     """Step 4: the student has moved already when the critic dies."""
     with pytest.raises(Killed):
-        train.train(two_players(die_at=at), 6, 0, tmp_path / "state", "x", save_every_s=0, log_every=1)
+        train.train(two_players(die_at=at), 6, 0, tmp_path / "state", "x", save_share=float("inf"), log_every=1)
     players = two_players(seed=50)
     history = train.train(players, 6, 0, tmp_path / "state", "x", log_every=1)
     assert same(weights(players), straight[0]) and history == straight[1]

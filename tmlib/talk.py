@@ -86,11 +86,13 @@ class Models:
 
 def load_models(folder: Path) -> Models:
     """Everything that a stream needs. Raises UserError naming the file that is missing or does not fit."""
+    import torch
+
     from . import audio, readers, vae
     from .dit import WanDiT
     folder = Path(folder)
     lips, face = readers.load_readers(folder)
-    dit = WanDiT.from_pretrained(folder / "student").eval().requires_grad_(False)
+    dit = WanDiT.from_pretrained(folder / "student", dtype=torch.float32).eval().requires_grad_(False)
     return Models(dit, vae.load_vae(folder), audio.load_encoder(folder), lips, face, config.load_json(folder / "student" / "stream.json"))
 
 

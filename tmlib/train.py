@@ -135,11 +135,11 @@ def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict], dict
     return state["step"], state["history"], state["recent"]
 
 
-def train(players: list[Player], steps: int, seed: int, folder: Path, what: str, save_every_s: float = 30.0,
+def train(players: list[Player], steps: int, seed: int, folder: Path, what: str, save_share: float = 0.03,
           log_every: int = 20, stop_at: int | None = None) -> list[dict]:
     """Runs steps 0 .. steps - 1, going on from `folder/state.pt` if it is there; returns the log (one dict per `log_every`).
 
-    With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
+    Saving the state may take `save_share` of the time, and comes every two seconds at most. With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
     """
     for p in players:
         p.optimisers = build_optimisers(p.model, p.optim)
@@ -148,11 +148,13 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
     step, history, recent = load_state(path, players) if path.exists() else (0, [], {})
     if step:
         print(f"{what}: going on from step {step} of {steps}", flush=True)
-    progress, saved = Progress(steps, what, start=step), time.monotonic()
+    progress, saved, pause = Progress(steps, what, start=step), time.monotonic(), 0.06 / save_share
     while step < steps:
-        if time.monotonic() - saved > save_every_s:
+        if time.monotonic() - saved > pause:
+            began = time.monotonic()
             save_state(path, players, step, history, recent)
             saved = time.monotonic()
+            pause = max(0.06, saved - began) / save_share
         if stop_at is not None and step >= stop_at:
             save_state(path, players, step, history, recent)
             return history

@@ -1,5 +1,6 @@
 """The same words give the same samples, times are exact and complete, and nothing that is tested was trained on."""
 import re
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +36,14 @@ def test_what_was_said_before_does_not_matter(language):
     synthesise("Something quite different.", Voice("w", "espeak", "en+m3", 190, 20, 80))
     again = synthesise(WORDS, voice)
     assert np.array_equal(first.wave, again.wave) and first.phones == again.phones
+
+
+def test_the_clock_does_not_matter():
+    """espeak-ng seeds breath and noise from the time, in whole seconds, unless told otherwise."""
+    voices = [v for split in ("train", "test") for v in speech.load_voices()[split]]
+    first = [synthesise("Say it again.", v).wave for v in voices]
+    time.sleep(1.1)
+    assert all(np.array_equal(a, synthesise("Say it again.", v).wave) for a, v in zip(first, voices))
 
 
 def test_the_natural_voice_is_a_function_too(natural):

@@ -75,6 +75,7 @@ def _start(library, folder, voice, callback):
         library.espeak_SetParameter(parameter, int(value), 0)
     library.espeak_SetSynthCallback(callback)
     (ctypes.cdll.msvcrt if hasattr(ctypes, "windll") else ctypes.CDLL(None)).srand(1)
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))      # espeak_Initialize seeds its own generator from the clock
     return rate
 
 

@@ -112,10 +112,10 @@ class Net(nn.Module):
 
 
 def components(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n principal directions of x (m, ...), flattened: (d, n) orthonormal, and their deviations (n,)."""
+    """The n principal directions of x (m, ...), flattened: (d, n) orthonormal or zero, and their deviations (n,)."""
     x = x.flatten(1) - x.flatten(1).mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    return vectors[:, -n:], values[-n:].clamp_min(1e-6).sqrt()
+    values, vectors = (e[..., -n:] for e in torch.linalg.eigh(x.T @ x / len(x)))
+    return vectors * (values > 1e-9), values.clamp_min(1e-6).sqrt()           # a direction without content listens to nothing
 
 
 def space_to_depth(x: Tensor) -> Tensor:

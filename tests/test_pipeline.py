@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,8 +78,8 @@ def test_one_parameter_reruns_only_what_depends_on_it(house):
         assert params.read_text() != before
         changed = json.loads(said(dvc(house, "status", "--json")))
         assert set(changed) == {"latency"}
-        out = said(dvc(house, "repro", "--dry"))
-        assert "'latency'" in out and "'report'" in out and "'teacher'" not in out
+        out = said(dvc(house, "repro"))
+        assert re.findall(r"Running stage '(\w+)'", out) == ["latency", "report"]
     finally:
         params.write_text(before)
 

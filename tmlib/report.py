@@ -52,7 +52,7 @@ CLAIMS = {
     "C3": Claim("Speaking and listening are both natural, and it turns from one to the other live.", (
         Bar("teacher", "listening_opening_mean", "<=", lambda m: quiet(m["teacher"]), f"teacher: {SHUT}"),
         Bar("student", "listening_opening_mean", "<=", lambda m: quiet(m["student"]), f"student: {SHUT}"),
-        Bar("student", "toggle_latency_frames", "<=", 12, "frames until the mouth follows a change; a chunk is twelve"))),
+        Bar("streaming", "toggle_latency_frames", "<=", 12, "frames until the mouth follows a change; a chunk is twelve"))),
     "C4": Claim("Distilled to two denoising steps, the student keeps the teacher's quality.", (
         Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a twentieth is about as wide as the interval"),
         Bar("student", "steps", "<=", 2, "denoising steps; the paper has two"),

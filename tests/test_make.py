@@ -46,7 +46,7 @@ def make(root, *arguments):
     """make as in the conda environment: the Python on the path has everything, nothing is installed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "CONDA_DEFAULT_ENV": "talkingmachines", "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TM_ROOT", "PYTHONPATH"):
+    for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "SCALE", "TM_ROOT", "PYTHONPATH"):
         env.pop(name, None)
     return subprocess.run(["make", *arguments], cwd=root, env=env, capture_output=True, text=True)
 

@@ -33,7 +33,7 @@ class SpeechConfig:
     layers: int = 4
     kernel: int = 5
     mels: int = 64
-    classes: int = 42                            # phonemes, silence included
+    classes: int = 41                            # phonemes, silence included
     fps: int = 16
     per_frame: int = 2                           # tokens per video frame
     context: int = 1                             # video frames of context on each side of a latent's window

@@ -260,7 +260,7 @@ _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width"
 
 VARIANTS = {
     "smoke": dict(_MINI, num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=256),
-    "mini": dict(_MINI, num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512),               # 1.7 M
+    "mini": dict(_MINI, num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512),               # 1.4 M
     "small": dict(_MINI, num_attention_heads=12, attention_head_dim=64, num_layers=12, ffn_dim=3072),           # 0.1 B
     "gpu": dict(_MINI, num_attention_heads=16, attention_head_dim=64, num_layers=14, ffn_dim=4096),             # 0.3 B
     "wan-1.3b-i2v": dict(_WAN, num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960),    # 1.6 B

@@ -427,3 +427,44 @@ def test_wrong_inputs_get_one_line():
 
 def test_config_is_comparable():
     assert DiTConfig(**VARIANTS["mini"]) == WanDiT.from_variant("mini").config
+
+
+# The prior around the reference picture: a network that says nothing already gives the reference
+
+PRIOR = [[0.05, 0.3, 0.3, 0.05]] * 4
+
+
+@torch.no_grad()
+def test_with_a_prior_a_silent_network_draws_the_reference():
+    from tmlib import flow
+    dit = tiny(prior_std=PRIOR)
+    for p in dit.proj_out.parameters():
+        p.zero_()
+    x, _, given = inputs(dit, frames=21, batch=1)
+    cond, noise = torch.cat([x[:, 16:20], 2 * x[:, 20:21].expand(-1, 16, -1, -1, -1)], 1), torch.randn(1, 16, 21, 4, 4)
+    made = flow.sample(lambda x_t, t: dit(torch.cat([x_t, cond], 1), t, **given), noise, flow.timesteps(100))
+    off = (made - cond[:, 4:]).square().mean((0, 1, 2)).sqrt()
+    close(off, torch.tensor(PRIOR), atol=0.03)
+
+
+@torch.no_grad()
+def test_prior_is_a_change_of_variables():
+    """The same inner network, asked directly: v = guess + deviation x net(seen)."""
+    from tmlib import flow
+    dit, plain = tiny(prior_std=PRIOR), tiny()
+    plain.load_state_dict(dit.state_dict())                               # no parameters of its own
+    x, t, given = inputs(dit)
+    seen, guess, left = flow.reference_prior(x[:, :16], x[:, -16:], torch.tensor(PRIOR), t)
+    close(dit(x, t, **given), guess + left * plain(torch.cat([seen, x[:, 16:]], 1), t, **given))
+    assert (dit(x, t, **given) - plain(x, t, **given)).abs().max() > 0.1
+    assert plain.loss_weight(x, t) == 1.0 and torch.equal(dit.loss_weight(x, t), flow.prior_variance(x, torch.tensor(PRIOR), t))
+
+
+def test_prior_goes_through_files(tmp_path):
+    dit = tiny(prior_std=PRIOR)
+    dit.save_pretrained(tmp_path)
+    again = WanDiT.from_pretrained(tmp_path)
+    assert again.config == dit.config and hash(again.config)
+    x, t, given = inputs(dit)
+    assert torch.equal(again(x, t, **given), dit(x, t, **given))
+    assert "prior_std" not in json.loads((tmp_path / "config.json").read_text())

@@ -7,7 +7,8 @@ import torch
 
 from tiny import make_dit, make_latents
 from tmlib import evaluate, metrics
-from tmlib.data import Batch, to_float
+from tmlib.data import to_float
+from tmlib.latents import Batch
 from tmlib.sampling import clip_noise
 
 T, SIDE = 33, 16
@@ -87,7 +88,7 @@ def test_late_and_foreign_lips_are_found(bench):
     speaking, foreign = clips.where(kind="speaking"), clips.truth.copy()
     foreign[speaking] = np.roll(clips.truth[speaking], 1, axis=0)        # each says what another one should
     out = evaluate.score(draw(foreign, clips.looks), bench, 3)[0]
-    assert out["lip_r"] < 0.4 and out["lip_r_shuffled"] > 0.999
+    assert out["lip_r"] < 0.4 and out["lip_r_shuffled"] > out["lip_r"] + 0.1     # found among the others
 
 
 def test_other_faults_are_found(bench):

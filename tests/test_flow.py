@@ -108,3 +108,41 @@ def test_gradient_only_through_the_chosen_step(pair, grad, run_on):
         assert not flow.few_step(model, lambda i: pair[0], [1000.0], grad=0).requires_grad
     with pytest.raises(ValueError):
         flow.few_step(model, lambda i: pair[0], [1000.0], renoise="euler")
+
+
+# The prior around the reference picture
+
+@pytest.mark.parametrize("t", [1000.0, 700.0, 250.0, 30.0])
+def test_reference_prior_is_the_best_guess_of_a_gaussian_world(t):
+    """Draw x_0 from the prior itself: the guess must explain all that x_t tells, and the stated deviation must be what is left."""
+    g = torch.Generator().manual_seed(0)
+    std, reference = torch.tensor([[0.1, 0.5], [1.0, 2.0]]), torch.randn(1, 3, 1, 2, 2, generator=g)
+    x_0 = reference + std * torch.randn(40_000, 3, 1, 2, 2, generator=g)
+    eps = torch.randn(x_0.shape, generator=g)
+    x_t = flow.add_noise(x_0, eps, t)
+    seen, guess, left = flow.reference_prior(x_t, reference, std, t)
+    error = (eps - x_0 - guess) / left
+    place = (0, 1, 2)
+    torch.testing.assert_close(seen.square().mean(place), torch.ones(2, 2), atol=0.02, rtol=0)
+    torch.testing.assert_close(error.square().mean(place), torch.ones(2, 2), atol=0.02, rtol=0)
+    torch.testing.assert_close((error * seen).mean(place), torch.zeros(2, 2), atol=0.02, rtol=0)
+
+
+def test_reference_prior_takes_a_time_per_clip_and_per_frame():
+    g = torch.Generator().manual_seed(0)
+    x, r, std = torch.randn(2, 16, 3, 4, 4, generator=g), torch.randn(2, 16, 3, 4, 4, generator=g), torch.rand(4, 4, generator=g) + 0.1
+    t = torch.tensor([[900.0, 500.0, 20.0], [400.0, 400.0, 400.0]])
+    for b in range(2):
+        for f in range(3):
+            one = flow.reference_prior(x[b:b + 1, :, f:f + 1], r[b:b + 1, :, f:f + 1], std, float(t[b, f]))
+            for whole, part in zip(flow.reference_prior(x, r, std, t), one):
+                torch.testing.assert_close(whole.expand_as(x)[b:b + 1, :, f:f + 1], part.expand(1, 16, 1, 4, 4))
+    torch.testing.assert_close(flow.prior_variance(x, std, t), (std * (1 - flow.like(t, x))) ** 2 + flow.like(t, x) ** 2)
+
+
+def test_std_map_keeps_its_mean_at_any_size():
+    rows = ((0.1, 0.3), (0.5, 0.7))
+    assert torch.equal(flow.std_map(rows, 2, 2, torch.device("cpu")), torch.tensor(rows))
+    for size in (4, 8):
+        big = flow.std_map(rows, size, size, torch.device("cpu"))
+        assert big.shape == (size, size) and big.mean() == pytest.approx(0.4)

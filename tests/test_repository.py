@@ -25,10 +25,10 @@ ALLOWED = {
     "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "notebook": "", "weights": "",
     "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
-    "layers": "attention", "dit": "attention layers weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention weights", "data": "speech avatar vae audio readers media",
-    "sampling": "flow data dit stream", "stream": "dit vae audio flow attention", "train": "data losses stream flow sampling",
-    "distill": "data flow losses sampling stream train", "evaluate": "data flow metrics readers sampling stream",
+    "layers": "attention", "dit": "attention flow layers weights", "vae": "attention weights", "audio": "attention weights",
+    "losses": "flow", "readers": "attention weights", "data": "speech avatar", "latents": "data vae", "muon": "",
+    "sampling": "flow latents dit stream", "stream": "dit vae audio flow attention", "train": "latents losses muon stream flow sampling",
+    "distill": "latents flow losses sampling stream train", "evaluate": "data latents flow metrics readers sampling stream",
     "figures": "", "report": "metrics media figures",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})

@@ -11,7 +11,8 @@ import torch
 from tmlib import flow, stream
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
-from tmlib.stream import Chain, Sound, Streamer, full, i2v_condition, rollout
+from tmlib.stream import Chain, Sound, Streamer, full, rollout
+from tmlib.vae import i2v_condition
 
 TS = flow.timesteps(2, 5)
 
@@ -31,7 +32,7 @@ def setting(frames=21, batch=2, steps=3):
     randn = lambda *s: torch.randn(*s, generator=g)
     given = dict(text=randn(batch, 5, 10), image=randn(batch, 3, 12), audio=randn(batch, frames, 4, 6),
                  audio_mask=torch.rand(batch, frames, 2, 2, generator=g))
-    return i2v_condition(randn(batch, 16, 21, 4, 4)), randn(steps, batch, 16, frames, 4, 4), given
+    return randn(batch, 20, 21, 4, 4), randn(steps, batch, 16, frames, 4, 4), given
 
 
 def close(a, b, atol=1e-5):
@@ -41,10 +42,7 @@ def close(a, b, atol=1e-5):
 # Conditions
 
 def test_condition_channels():
-    latents = torch.randn(1, 16, 21, 2, 2)
-    cond = i2v_condition(latents)
-    assert torch.equal(cond[:, 4:], latents)
-    assert (cond[:, :4, 0] == 1).all() and (cond[:, :4, 1:] == 0).all()
+    cond = torch.randn(1, 20, 21, 2, 2)
     assert torch.equal(stream.chunk_condition(cond, 0, 3), cond[:, :, :3])
     for index in (6, 7, 10_000):
         assert torch.equal(stream.chunk_condition(cond, index, 3), cond[:, :, 18:])
@@ -210,8 +208,8 @@ def test_generator_and_callback():
 class FakeVAE:
     """Frames are the mean latent plus a counter kept in the cache: a decoder that notices a lost or repeated chunk."""
 
-    def image_condition(self, image, frames):
-        return image[:, :1, :, ::8, ::8].expand(-1, 16, frames, -1, -1) * 0.5
+    def encode(self, video):
+        return video[:, :1, ::4, ::8, ::8].expand(-1, 16, -1, -1, -1) * 0.5
 
     def decode(self, z, cache=None):
         start = 0 if cache is None else cache
@@ -263,7 +261,7 @@ def test_pieces_of_any_size_give_the_same_frames(size):
 def test_streamer_is_rollout_plus_codec():
     streamer, cond = Streamer(tiny(), FakeVAE(), FakeEars(), seed=3), None
     frames = np.concatenate(speak(streamer=streamer))
-    cond = i2v_condition(FakeVAE().image_condition(stream.to_video(IMAGE), 21))
+    cond = i2v_condition(FakeVAE(), stream.to_video(IMAGE), 21, "grey")
     audio = FakeEars().tokens(np.pad(WAVE, (0, 20_000)), 0, 15)[None]
     z = rollout(streamer.dit, cond, chunks=5, timesteps=TS, text=PROMPT["text"], image=PROMPT["image_tokens"], audio=audio,
                 audio_mask=torch.ones(1, 15, 2, 2), generator=torch.Generator().manual_seed(3))

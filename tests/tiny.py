@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tmlib.data import Latents, save_latents
+from tmlib.latents import Latents, save_latents
 from tmlib.dit import WanDiT
 
 
@@ -26,7 +26,7 @@ def make_latents(folder, n=4, frames=6, side=4, seed=0):
     """A split of n clips of random latents and conditions, as `encode_split` writes it."""
     g = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=g)
-    store = {"z": randn(n, 16, frames, side, side), "image_latents": randn(n, 16, frames, side, side), "audio": randn(n, frames, 4, 6),
+    store = {"z": randn(n, 16, frames, side, side), "cond": randn(n, 20, frames, side, side), "audio": randn(n, frames, 4, 6),
              "image": randn(n, 3, 12), "text": randn(n, 3, 10), "face": torch.rand(n, frames, side // 2, side // 2, generator=g),
              "weight": 1 + 3 * torch.rand(n, 1, frames, side, side, generator=g)}
     save_latents(store, folder / "latents.safetensors")

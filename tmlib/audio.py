@@ -130,6 +130,19 @@ def cut(wave, lo: int, hi: int) -> Tensor:
     return F.pad(inside, (before, hi - lo - before - len(inside)))
 
 
+def other_voice(wave: Tensor, ids: Tensor, g: torch.Generator, reach: float = 0.15) -> tuple[Tensor, Tensor]:
+    """The same speech from a longer or shorter vocal tract and another microphone.
+
+    wave (B, n) and phonemes (B, n / 320) are stretched alike, by one random factor in 1 -+ reach a batch (speed perturbation,
+    Ko et al. 2015); each wave gets a spectral tilt of its own.
+    """
+    factor = 1 + reach * (2 * float(torch.rand((), generator=g)) - 1)
+    length = int(ids.shape[1] / factor)
+    wave = F.interpolate(wave[:, None], size=length * HOP, mode="linear")[:, 0]
+    tilt = torch.empty(len(wave), 1).uniform_(-0.5, 0.7, generator=g)
+    return wave - tilt * F.pad(wave, (1, 0))[:, :-1], ids[:, (torch.arange(length) + 0.5).mul(ids.shape[1] / length).long()]
+
+
 def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
     """Training augmentation (B, n): random loudness, noise of random colour at 5-40 dB below the speech."""
     B = wave.shape[0]

@@ -118,7 +118,7 @@ def make_track(rng, phones, T, fps, start_s=0.0):
     pose = _sway(rng, t)
     nods = _bumps(rng, t, 1.4, .30) * _soft(listening, 3)
     beats, brow = _accents(rng, phones, t)
-    pose[:, 1] += 1.3 * nods + .5 * beats
+    pose[:, 1] += 1.0 * nods + .4 * beats
     pose[:, 2] += .01 * beats * rng.choice((-1, 1))
     gaze = _gaze(rng, t, listening)
     brow = np.clip(brow + .5 * _bumps(rng, t, 3.5, .5) * listening, 0, 1)
@@ -138,10 +138,10 @@ def _speaking(phones, t):
 
 
 def _sway(rng, t):
-    """Slow drift of the head, (T, 3): at most 1 unit sideways, 0.6 up and down, 2 degrees."""
+    """Slow drift of the head, (T, 3): at most 0.7 units sideways, 0.45 up and down, 1.4 degrees."""
     f, phase = rng.uniform(.08, .45, (3, 3, 1)), rng.uniform(0, 2 * np.pi, (3, 3, 1))
     waves = np.sin(2 * np.pi * f * t + phase)                             # (channel, wave, T)
-    return (waves * np.array([[[.5], [.3], [.2]]])).sum(1).T * np.array([1.0, .6, .035])
+    return (waves * np.array([[[.5], [.3], [.2]]])).sum(1).T * np.array([.7, .45, .025])
 
 
 def _bumps(rng, t, every_s, width_s):

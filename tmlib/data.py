@@ -1,17 +1,16 @@
-"""Clips: procedural talking faces with exact truth, and the latents and tokens that the DiT trains on.
+"""Clips: procedural talking faces with exact truth.
 
 What is special
 - Every clip is a pure function of its `Spec`; splits are disjoint in sentences, voices and identities by construction.
 - Three kinds: `speaking` (sentences with pauses), `listening` (silence: closed mouth, nods) and `generic` (random motion,
   no speech: what the base model is pretrained on).
-- `Latents` holds what a batch needs in one safetensors file per split; batches are a pure function of the step.
 """
 import json
 import math
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from .config import Progress, UserError, atomic
 STYLES = ("flat", "line", "soft3d")
 RATE = 16_000
 ZOOM, LOOK_UP = 1.25, 0.65                       # framing: the share of the drawing shown, and how much of its top is cut
+CUT_S = 3.0                                      # a clip begins anywhere in this stretch of the talk
 QUIET = 0.001                                    # room noise in silence: -60 dBFS
 
 
@@ -76,13 +76,16 @@ def word_lists() -> dict[str, tuple[list, list]]:
 
 
 def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
-    """One voice saying sentences with pauses until the time is full: (wave (n,), phones, voice name)."""
+    """A cut from anywhere in one voice's sentences and pauses: (wave (n,), phones, voice name).
+
+    Clips that all began in silence would correlate with one another, and with anybody's speech.
+    """
     voices, sentences = word_lists()[split]
     voice = voices[rng.integers(len(voices))]
-    wave = np.zeros(int(round(seconds * RATE)), np.float32)
-    t = rng.uniform(0.1, 0.7)
-    phones = [speech.Phone("sil", 0.0, t)]
-    while t < seconds - 0.4:
+    before = rng.uniform(0, CUT_S)
+    wave = np.zeros(int(round((before + seconds) * RATE)), np.float32)
+    t, phones = 0.0, []
+    while t < before + seconds - 0.1:
         said = speech.synthesise(sentences[rng.integers(len(sentences))], voice)
         lo = int(t * RATE)
         part = said.wave[:len(wave) - lo]
@@ -90,7 +93,8 @@ def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone
         phones += [speech.Phone(p.symbol, p.start + lo / RATE, p.end + lo / RATE) for p in said.phones]
         end, t = t + len(said.wave) / RATE, t + len(said.wave) / RATE + rng.uniform(0.3, 0.9)
         phones.append(speech.Phone("sil", end, t))
-    return wave, phones, voice.name
+    phones = [speech.Phone(p.symbol, max(p.start - before, 0.0), p.end - before) for p in phones if p.end > before]
+    return wave[-int(round(seconds * RATE)):], phones, voice.name
 
 
 def make_clip(spec: Spec) -> Clip:
@@ -201,113 +205,3 @@ def per_latent(x: np.ndarray) -> np.ndarray:
     """Largest value in each latent frame's window: (n, T, ...) -> (n, F, ...), windows [0, 1) and [4k - 3, 4k + 1)."""
     rest = x[:, 1:].reshape(x.shape[0], -1, 4, *x.shape[2:]).max(2)
     return np.concatenate([x[:, :1], rest], 1)
-
-
-# -------------------------------------------------------------------------------------------------------- prompts
-def prompt(style: str | None, mode: str | None, dim: int) -> Tensor:
-    """The miniature's text encoder: one fixed random vector a word, "face <style> <mode>" -> (3, dim)."""
-    words = ["face", style or "any", mode or "any"]
-    g = lambda w: torch.Generator().manual_seed(zlib.crc32(w.encode()))
-    return torch.stack([torch.randn(dim, generator=g(w)) for w in words])
-
-
-# -------------------------------------------------------------------------------------------------------- latents
-@dataclass
-class Batch:
-    """What the DiT trains on. B clips, F latent frames; `weight` is the loss weight per latent place."""
-    z: Tensor                                    # (B, 16, F, h, w)
-    cond: Tensor                                 # (B, 20, F, h, w): mask 4 | image latents 16
-    audio: Tensor | None                         # (B, F, tokens, audio_dim); None: the model hears nothing
-    face: Tensor                                 # (B, F, h/2, w/2) face region in token units
-    weight: Tensor                               # (B, 1, F, h, w)
-    text: Tensor                                 # (B, 3, text_dim)
-    image: Tensor                                # (B, 17, image_dim)
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def each(self, fn) -> "Batch":
-        return Batch(*(None if v is None else fn(v) for v in (getattr(self, f.name) for f in fields(self))))
-
-    def repeat(self, n: int) -> "Batch":
-        return self.each(lambda v: v.repeat_interleave(n, 0))
-
-    def pick(self, index) -> "Batch":
-        return self.each(lambda v: v[index])
-
-    def to(self, device) -> "Batch":
-        return self.each(lambda v: v.to(device))
-
-    def silent(self) -> "Batch":
-        """The same clips for a model that has not met sound."""
-        return replace(self, audio=None)
-
-    def drop(self, g: torch.Generator, audio: float, text: float) -> "Batch":
-        """Condition dropout for classifier-free guidance: zeros in place of a condition, clip by clip."""
-        keep = lambda x, p: x * (torch.rand(len(x), generator=g) >= p).to(x).view(-1, *[1] * (x.dim() - 1))
-        sound = None if self.audio is None else keep(self.audio, audio)
-        return replace(self, audio=sound, text=keep(self.text, text))
-
-    def conditions(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `WanDiT.forward`."""
-        return {"text": self.text, "image": self.image, "audio": self.audio, "audio_mask": self.face}
-
-
-def condition(image_latents: Tensor) -> Tensor:
-    """Wan's 20 condition channels from the latents of [image, grey ...]: (B, 16, F, h, w) -> (B, 20, F, h, w)."""
-    mask = torch.zeros_like(image_latents[:, :4])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, image_latents], 1)
-
-
-@torch.no_grad()
-def encode_split(clips: Clips, vae, encoder, face_encoder, text_dim: int, mouth_weight: float, what: str) -> dict[str, Tensor]:
-    """Everything a `Batch` is cut from, for a whole split: frames and sound through codec and encoders, once."""
-    T, size = clips.frames.shape[1:3]
-    n_latent = (T - 1) // 4 + 1
-    out = {k: [] for k in ("z", "image_latents", "audio", "image")}
-    progress = Progress(len(clips), f"encode {what}")
-    for lo in range(0, len(clips), 8):
-        video = to_float(clips.frames[lo:lo + 8])
-        out["z"].append(vae.encode(video))
-        out["image_latents"].append(vae.image_condition(video[:, :, :1], n_latent))
-        out["image"].append(face_encoder.tokens(video[:, :, 0]))
-        out["audio"] += [encoder.tokens(clips.wave(i), 0, n_latent)[None] for i in range(lo, min(lo + 8, len(clips)))]
-        progress.step(len(video))
-    store = {k: torch.cat(v) for k, v in out.items()}
-    cells = store["z"].shape[-1]
-    store["face"] = torch.from_numpy(per_latent(box_map(clips.face, size, cells // 2)))
-    store["weight"] = 1 + (mouth_weight - 1) * torch.from_numpy(per_latent(box_map(clips.mouth, size, cells)))[:, None]
-    mode = {"speaking": "speaking", "listening": "listening", "generic": None}
-    store["text"] = torch.stack([prompt(m["style"], mode[m["kind"]], text_dim) for m in clips.meta])
-    return store
-
-
-def save_latents(store: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-    with atomic(path) as tmp:
-        save_file({k: v.contiguous() for k, v in store.items()}, tmp)
-
-
-class Latents:
-    """One split's latents and tokens in memory; `batch(index)` cuts a `Batch`."""
-
-    def __init__(self, path: Path):
-        from safetensors.torch import load_file
-        if not Path(path).exists():
-            raise UserError(f"{path} is missing: run `make repro` (stage latents)")
-        try:
-            self.store = load_file(path)
-        except Exception as e:
-            raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage latents)") from e
-
-    def __len__(self) -> int:
-        return len(self.store["z"])
-
-    def batch(self, index) -> Batch:
-        s = {k: v[index] for k, v in self.store.items()}
-        return Batch(s["z"], condition(s["image_latents"]), s["audio"], s["face"], s["weight"], s["text"], s["image"])
-
-    def draw(self, n: int, g: torch.Generator) -> Batch:
-        """n clips with replacement; a function of the generator's state alone, so that resuming is exact."""
-        return self.batch(torch.randint(len(self), (n,), generator=g))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import flow, losses, sampling, stream
 from .config import Progress, UserError, atomic
-from .data import Batch, Latents
+from .latents import Batch, Latents
 from .sampling import clip_noise, denoiser
 
 
@@ -120,5 +120,5 @@ def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Ten
         with torch.no_grad():
             batch, x = sample(g, grad=None)
         t = flow.random_timesteps(len(batch), p.shift, g)
-        return {"loss": losses.flow_matching(denoiser(critic, batch), x, torch.randn(x.shape, generator=g), t, batch.weight)}
+        return {"loss": losses.flow_matching(denoiser(critic, batch), x, torch.randn(x.shape, generator=g), t, batch.weight * critic.loss_weight(x, t))}
     return student_loss, critic_loss

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import attention as att
-from . import weights
+from . import flow, weights
 from .config import UserError
 from .layers import AudioModule, Block, ConditionEmbedder, Context, LayerNorm32
 
@@ -42,10 +42,13 @@ class DiTConfig:
     audio_depth: int                                # how many residual MLPs follow the first
     audio_every: int                                # audio layers in blocks 0, n, 2n, ...
     chunk: int = 3                                  # latent frames per chunk, for the causal masks
+    prior_std: tuple | None = None                  # (rows, columns) of x_0 about the reference picture; None: plain Wan
     patch_size: tuple = (1, 2, 2)
     eps: float = 1e-6
 
     def __post_init__(self):
+        if self.prior_std is not None:
+            object.__setattr__(self, "prior_std", tuple(map(tuple, self.prior_std)))     # hashable, and as JSON gives it
         if self.patch_size[0] != 1:
             raise UserError(f"patch_size {self.patch_size}: a patch must span one latent frame, so that audio has its own frames")
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
@@ -92,6 +95,9 @@ class WanDiT(nn.Module):
             positions = range(frames) if cache is None else cache.positions()
         ctx = self.context(text, image, audio, audio_mask, positions, rows, columns, mask, cache, x.device)
 
+        seen, guess, spread = self.prior(x, t)
+        if guess is not None:
+            x = torch.cat([seen, x[:, 16:]], dim=1)
         h = self.patchify(x.to(self.dtype))                                              # (B, F, S, D)
         temb, mod = self.remember(cache, "time", t, lambda t: self.condition_embedder.time(t.reshape(B, -1), h.dtype), 64)
         for layer, block in enumerate(self.blocks):
@@ -107,7 +113,19 @@ class WanDiT(nn.Module):
 
         shift, scale = (self.scale_shift_table.float() + temb.float()[:, :, None]).chunk(2, dim=2)    # (B, 1 | F, 1, D)
         h = torch.addcmul(shift, self.norm_out(h.float()), 1 + scale).type_as(h)
-        return self.unpatchify(self.proj_out(h), rows, columns).to(x.dtype)              # (B, 16, F, H, W)
+        v = self.unpatchify(self.proj_out(h), rows, columns).to(x.dtype)                 # (B, 16, F, H, W)
+        return v if guess is None else guess + spread * v
+
+    def prior(self, x, t):
+        """See `flow.reference_prior`; the reference stands in the image channels, the last 16, of every latent frame."""
+        return (None, None, None) if self.config.prior_std is None else flow.reference_prior(x[:, :16], x[:, -16:], self.std_at(x), t)
+
+    def std_at(self, x):
+        return flow.std_map(self.config.prior_std, *x.shape[-2:], x.device)
+
+    def loss_weight(self, x, t):
+        """Weight of a loss on velocities of x (B, C, F, H, W) that makes all noise levels count alike: see `flow.reference_prior`."""
+        return 1.0 if self.config.prior_std is None else flow.prior_variance(x, self.std_at(x), t)
 
     def context(self, text, image, audio, audio_mask, positions, rows, columns, mask, cache, device):
         """Embed the conditions and place the tokens: what all blocks share."""
@@ -254,7 +272,7 @@ def init_weights(model, names=None):
 
 # Variants
 
-OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3)
+OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3, prior_std=None)
 _WAN = dict(in_channels=36, out_channels=16, text_dim=4096, image_dim=1280, freq_dim=256, **OUR_DEFAULTS)
 _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width": 128, "audio_hidden": 256, "audio_depth": 1}
 

@@ -10,8 +10,12 @@ import torch
 
 from . import flow, metrics
 from .config import Progress
-from .data import STYLES, Clips, Latents, to_float, to_uint8
+from .data import STYLES, Clips, to_float, to_uint8
+from .latents import Latents
 from .sampling import clip_noise, denoiser
+
+
+SHUFFLES = 16                                    # everybody's lips against so many other people's speech
 
 
 @dataclass
@@ -55,7 +59,9 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
     got, truth = read[speaking, :, 0], clips.truth[speaking, :, 0]
     r = metrics.lip_r(got, truth)
     out = metrics.interval("lip_r", r)
-    out["lip_r_shuffled"] = float(metrics.lip_r(got, np.roll(truth, 1, axis=0)).mean())
+    others = range(1, min(len(truth), 1 + SHUFFLES))
+    out["lip_r_shuffled"] = float(np.mean([metrics.lip_r(got, np.roll(truth, k, axis=0)).mean() for k in others]))
+    out["lip_r_shuffled_truth"] = float(np.mean([metrics.lip_r(truth, np.roll(truth, k, axis=0)).mean() for k in others]))
     out["lip_offset_frames"] = metrics.lip_offset(got, truth)
     out["lip_width_r"] = float(metrics.lip_r(read[speaking, :, 1], clips.truth[speaking, :, 1]).mean())
     out["lip_opening_mae"] = float(np.abs(got - truth).mean())

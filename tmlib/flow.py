@@ -7,7 +7,10 @@ so  x_0 = x_t - sigma v,   eps = x_t + (1 - sigma) v,   and sampling walks from 
 t is a float, (B,) or per latent frame (B, F); latents are (B, C, F, H, W), or any (B, ...) with t a float or (B,).
 """
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 
 T_MAX = 1000.0
 
@@ -81,6 +84,34 @@ def eps_from_v(x_t, v, t):
 def v_from_x0(x_t, x_0, t):
     """v = (x_t - x_0) / sigma; t must be above 0."""
     return (x_t - x_0) / like(t, x_t)
+
+
+# A prior, for models without a pretrained base
+
+def reference_prior(x_t, reference, std, t):
+    """What is known of x_0 before any learning: N(reference, std^2). Preconditioning after Karras et al. 2022, for velocities.
+
+    With y = x_t - (1 - sigma) reference and var = std^2 (1 - sigma)^2 + sigma^2, the best guess of the velocity is
+    E[v | x_t] = y (sigma - std^2 (1 - sigma)) / var - reference, and what it leaves open has deviation std / sqrt(var).
+    Returns y / sqrt(var), of unit variance: what the network should see; the guess; and that deviation, which scales its answer.
+    A loss on v weighs sigma = 1 and 0 as std^2 and 1; times var it is, at all levels, one on what is not known of x_0.
+    """
+    s, var = like(t, x_t), prior_variance(x_t, std, t)
+    y = x_t - (1 - s) * reference
+    return y / var.sqrt(), y * (s - std ** 2 * (1 - s)) / var - reference, std / var.sqrt()
+
+
+def prior_variance(x_t, std, t):
+    """var of `reference_prior`, broadcast to x_t (B, C, F, H, W); std (H, W)."""
+    s = like(t, x_t)
+    return (std * (1 - s)) ** 2 + s ** 2
+
+
+@lru_cache(maxsize=8)
+def std_map(rows, height, width, device):
+    """A map of deviations, rows of numbers, as a tensor of any size: (height, width)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return F.interpolate(torch.tensor(rows)[None, None], size=(height, width), mode="area")[0, 0].to(device)
 
 
 # Guidance

@@ -12,6 +12,7 @@ NARROW, WIDE, PURSED = 6.0, 10.2, 0.40         # half width at width 0 and 1; sh
 REACH = 13.0                                   # nothing of the mouth or the moving chin is further from its middle, sideways
 INSIDE = (.23, .055, .08)                       # colour between the lips
 PIVOT_Y = 55.0                                 # the head turns about the neck
+SPILL = .115                                   # of a unit's light, to each neighbour: a blur with deviation 0.48 units
 GROUP = 16                                     # frames of 64x64 rendered at once: they fit the processor's cache
 
 
@@ -26,8 +27,20 @@ def render(identity, track, size=64):
         _head(identity, part, frames, head)
         _eyes(identity, part, frames)
         _mouth(identity, part, frames)
-        out[f:f + group] = np.clip(frames + .5, 0, 255).transpose(1, 2, 3, 0)
+        out[f:f + group] = np.clip(_lens(frames, SPILL * (size / UNITS) ** 2) + .5, 0, 255).transpose(1, 2, 3, 0)
     return out
+
+
+def _lens(frames, spill):
+    """The softness of a real camera's picture: each pixel's light spills over its neighbours, in passes (3, t, H, W)."""
+    passes = int(np.ceil(4 * spill))
+    share = np.float32(spill / passes)
+    for axis in (2, 3) * passes:
+        edge = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+        p = np.pad(frames, edge, mode="edge")
+        at = lambda lo: p[(slice(None),) * axis + (slice(lo, lo + frames.shape[axis]),)]
+        frames = (1 - 2 * share) * at(1) + share * (at(0) + at(2))
+    return frames
 
 
 def _local(pose, x, y):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import flow, stream
-from .data import Batch
+from .latents import Batch
 
 
 def denoiser(dit, batch: Batch, guidance: float = 1.0, mask: str = "bidirectional", **kwargs) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from . import flow
 from .config import UserError
+from .vae import i2v_condition
 
 RATE, FPS, STRIDE = 16_000, 16, 4                 # samples per second, frames per second, frames per latent frame
 CACHES = ("per_step", "next_step", "clean_pass")
@@ -21,18 +22,8 @@ PLACEMENTS = ("serial",)
 
 # Conditions
 
-def i2v_condition(image_latents):
-    """Wan's 20 condition channels [mask 4 | image latents 16] from VAE([image, grey, grey, ...]) (B, 16, F, H, W).
-
-    The mask is 1 on latent frame 0, whose content is given, and 0 on all that must be made.
-    """
-    mask = torch.zeros_like(image_latents[:, :4])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, image_latents], dim=1)                                       # (B, 20, F, H, W)
-
-
 def chunk_condition(cond, index, chunk):
-    """The part of cond (B, 20, F, H, W) for chunk `index`; past its end the last chunk repeats (grey frames for ever)."""
+    """The part of cond (B, 20, F, H, W) for chunk `index`; past its end the last chunk repeats."""
     first = min(index * chunk, cond.shape[2] - chunk)
     return cond[:, :, first : first + chunk]
 
@@ -235,17 +226,17 @@ class Sound:
 class Streamer:
     """A talking face for ever: `for frames in streamer.stream(image, audio_chunks)` yields uint8 (t, H, W, 3), chunk by chunk.
 
-    dit, vae, audio_encoder: in one place, see `WanDiT`, `VideoVAE` (image_condition, decode) and `SpeechEncoder` (tokens,
+    dit, vae, audio_encoder: in one place, see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens,
     lookahead_samples). Memory and time per chunk do not grow. placement: "serial" (one device, denoise then decode).
-    steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
+    fill: what the model takes the picture with, see `vae.i2v_condition`. steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=8, **chain):
+                 timesteps=None, seed=0, window=21, history_s=8, fill="grey", **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
-        self.chunk, self.seed, self.window, self.history = chunk or dit.chunk, seed, window, int(history_s * RATE)
+        self.chunk, self.seed, self.window, self.history, self.fill = chunk or dit.chunk, seed, window, int(history_s * RATE), fill
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
         self.text = None
 
@@ -277,7 +268,7 @@ class Streamer:
 
     def begin(self, image):
         """The chain for a picture, and where its noise comes from."""
-        cond = i2v_condition(self.vae.image_condition(to_video(image).to(self.dit.device), self.window))
+        cond = i2v_condition(self.vae, to_video(image).to(self.dit.device), self.window, self.fill)
         shape = (1, 16, *cond.shape[-2:])
         return Chain(self.dit, cond, **self.chain), noise_maker(shape, None, torch.Generator().manual_seed(self.seed), cond.device)
 

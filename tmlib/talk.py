@@ -100,17 +100,17 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     """A Streamer set up as the student was distilled; steps and cache may be tried otherwise."""
     from . import flow, stream
     times = flow.timesteps(steps or m.how["steps"], m.how["shift"])
-    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
+    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], fill=m.how["condition"], timesteps=times, seed=seed)
 
 
 def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str) -> Talker:
     """Models of a folder, set up for streaming."""
     import torch
 
-    from . import data
+    from . import data, latents
     m = load_models(folder)
     streamer = make_streamer(m, steps, cache, seed)
-    text = data.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]         # (1, words, text_dim)
+    text = latents.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]         # (1, words, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
     region = torch.tensor(m.how["face_region"])                                         # (h, w)
 

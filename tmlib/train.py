@@ -4,7 +4,7 @@ What is special
 - Every random draw of step s comes from a generator seeded by (seed, s, player): nothing to save, nothing to drift. A run that
   was killed and resumed gives the same weights, bit for bit, as one that was not.
 - Resume state lives in data/scratch/<stage>-<fingerprint of parameters, code and inputs>/: other parameters never pick it up.
-- Matrices take Muon, everything else AdamW (torch.optim both); learning rates warm up and decay linearly to zero.
+- Matrices take Muon, everything else AdamW; learning rates warm up and decay linearly to zero.
 """
 import hashlib
 import json
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import flow, losses
+from . import flow, losses, stream
 from .config import SCRATCH, Progress, atomic
-from .data import Latents
+from .latents import Latents
+from .muon import Muon
 from .sampling import denoiser
 
 
@@ -81,8 +82,7 @@ def build_optimisers(model: nn.Module, o: Optim) -> list[torch.optim.Optimizer]:
     rest = [p for n, p in named if not matrix(n, p)]
     out = [torch.optim.AdamW(rest, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay)]
     if len(rest) < len(named):
-        out.append(torch.optim.Muon([p for n, p in named if matrix(n, p)], lr=o.muon, momentum=0.95,
-                                    weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        out.append(Muon([p for n, p in named if matrix(n, p)], lr=o.muon, weight_decay=o.weight_decay))
     for opt in out:
         for group in opt.param_groups:
             group["peak"] = group["lr"]
@@ -184,7 +184,7 @@ def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> Callable[[torch.G
         u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n                     # stratified in (0, 1)
         t = 1000 * flow.shift_sigma(u, p.shift)
         eps = torch.randn(batch.z.shape, generator=g)
-        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight)}
+        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * stream.bare(dit).loss_weight(batch.z, t))}
     return loss
 
 

@@ -6,7 +6,8 @@ What is special
 - Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
-- `decode` and `encode` speak *normalised* latents (zero mean, unit variance per channel), as the DiT wants them.
+- `decode` and `encode` speak *normalised* latents: zero mean in each channel, unit variance over all of them together. To give every
+  channel unit variance would make a small error in the strongest one, the colour of a cell, the worst thing one can see.
 
 Shapes: video (B, 3, T, H, W) in [-1, 1], T = 4(F - 1) + 1; latents (B, 16, F, H/8, W/8).
 """
@@ -141,7 +142,7 @@ def from_groups(x: Tensor, patch: int) -> Tensor:
 
 
 class VideoVAE(nn.Module):
-    """The miniature's codec; `tmlib.vae` gives full-size Wan weights the same three methods."""
+    """The miniature's codec; `tmlib.vae` gives full-size Wan weights the same methods."""
 
     def __init__(self, cfg: VAEConfig = VAEConfig()):
         super().__init__()
@@ -179,11 +180,6 @@ class VideoVAE(nn.Module):
         video = self.synthesise(z * self.std + self.mean, past)
         return (video if cache is not None else video[:, :, 3:]).clamp(-1, 1), past.new
 
-    def image_condition(self, image: Tensor, frames: int) -> Tensor:
-        """Wan's I2V condition: latents of [image, grey, grey, ...]; image (B, 3, 1, H, W) -> (B, 16, frames, h, w)."""
-        grey = image.new_zeros(*image.shape[:2], 4 * (frames - 1), *image.shape[3:])
-        return self.encode(torch.cat([image, grey], dim=2))
-
     @torch.no_grad()
     def start_linear(self, video: Tensor) -> None:
         """Begin as a good linear codec of these clips (n, 3, T, H, W): minutes of training saved.
@@ -197,14 +193,15 @@ class VideoVAE(nn.Module):
         (top, scale), (top_m, scale_m) = components(still, self.cfg.z_dim - n), components(moving, n)
         centre, top, scale = x.mean(0).flatten(), torch.cat([top, top_m], 1), torch.cat([scale, scale_m])
         set_ = lambda conv, w, b: (conv.weight.copy_(w.view_as(conv.weight)), conv.bias.copy_(b))
-        set_(self.analysis, (top / scale).T, -(centre @ top) / scale)         # unit variance, so that KL and noise fit all alike
+        scale = scale.sqrt()                                                  # half-whitened: strong components stay strong
+        set_(self.analysis, (top / scale).T, -(centre @ top) / scale)
         set_(self.synthesis, top * scale, centre)
 
     @torch.no_grad()
     def set_statistics(self, latents: Tensor) -> None:
-        """Per-channel mean and deviation of raw latents (n, 16, F, h, w), so that `encode` gives N(0, 1)."""
+        """Means per channel and one deviation for all, of raw latents (n, 16, F, h, w): what `encode` takes away."""
         self.mean.copy_(latents.mean((0, 2, 3, 4)).view_as(self.mean))
-        self.std.copy_(latents.std((0, 2, 3, 4)).view_as(self.std))
+        self.std.fill_((latents - self.mean).std())
 
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
         """Weighted L1 of frames and of their differences in time and space, plus KL; weight (B, 1, T, H, W)."""
@@ -218,6 +215,24 @@ class VideoVAE(nn.Module):
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel = l1(out, video, weight)
         return {"loss": pixel + 0.5 * edges + MOTION * motion + kl * divergence, "l1": pixel, "motion": motion, "kl": divergence}
+
+
+def i2v_condition(vae, image: Tensor, frames: int, fill: str) -> Tensor:
+    """The 20 condition channels [mask 4 | image latents 16] of a picture (B, 3, 1, H, W): (B, 20, frames, h, w).
+
+    fill: what stands behind the picture. "grey": the latents of [image, grey, grey, ...], as Wan2.1 was trained; "repeat": the
+    image's own latents in every frame, so that a small model need not fetch the looks from frame 0 by attention.
+    The mask is 1 on latent frame 0, whose content is given, and 0 on all that must be made.
+    """
+    if fill == "grey":
+        latents = vae.encode(torch.cat([image, image.new_zeros(*image.shape[:2], 4 * (frames - 1), *image.shape[3:])], dim=2))
+    elif fill == "repeat":
+        latents = vae.encode(image).expand(-1, -1, frames, -1, -1)
+    else:
+        raise UserError(f'condition {fill!r} is unknown; choose "grey" or "repeat"')
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)
 
 
 def save_vae(vae: VideoVAE, folder: Path) -> None:

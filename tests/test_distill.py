@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tiny import distillation, make_dit, make_latents
-from tmlib import distill, flow, losses, sampling, stream
+from tmlib import chain, distill, flow, losses, sampling
 from tmlib.config import UserError
 from tmlib.sampling import clip_noise
 
@@ -49,7 +49,7 @@ def test_student_is_the_rollout(dit, latents, steps):
     batch, p = latents.batch(torch.arange(2)), distillation(steps=steps)
     noise = noise_of(batch)
     whole = distill.student(dit, batch, noise, p)
-    rolled = stream.rollout(dit, batch.cond, timesteps=flow.timesteps(steps, p.shift), chunk=3, cache="per_step", noise=noise,
+    rolled = chain.rollout(dit, batch.cond, timesteps=flow.timesteps(steps, p.shift), chunk=3, cache="per_step", noise=noise,
                             **batch.conditions())
     torch.testing.assert_close(whole, rolled, atol=2e-5, rtol=0)
     assert not whole.requires_grad and (whole - batch.z).abs().max() > 0.1
@@ -67,7 +67,7 @@ def test_other_caches_roll(dit, latents, cache):
     batch, p = latents.batch(torch.arange(2)), distillation(cache=cache)
     noise = noise_of(batch)
     out = distill.student(dit, batch, noise, p, grad=1)
-    rolled = stream.rollout(dit, batch.cond, timesteps=flow.timesteps(2, p.shift), chunk=3, cache=cache, noise=noise, **batch.conditions())
+    rolled = chain.rollout(dit, batch.cond, timesteps=flow.timesteps(2, p.shift), chunk=3, cache=cache, noise=noise, **batch.conditions())
     torch.testing.assert_close(out.detach(), rolled, atol=2e-5, rtol=0)
     assert (rolled - distill.student(dit, batch, noise, distillation())).abs().max() > 1e-3
     out.square().mean().backward()

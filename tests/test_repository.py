@@ -27,14 +27,15 @@ ALLOWED = {
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow layers weights", "vae": "attention weights", "audio": "attention weights",
     "losses": "flow", "readers": "attention weights", "data": "speech avatar", "latents": "data vae", "muon": "",
-    "sampling": "flow latents dit stream", "stream": "dit vae audio flow attention", "train": "latents losses muon stream flow sampling",
-    "distill": "latents flow losses sampling stream train", "evaluate": "data latents flow metrics readers sampling stream",
+    "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
+    "train": "chain latents losses muon flow sampling",
+    "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "figures": "", "report": "metrics media figures",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "stream", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tiny import distillation, make_dit, make_latents
-from tmlib import flow, sampling, stream
+from tmlib import chain, flow, sampling
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_student_does_not_depend_on_its_batch(dit, batch, cache):
     together = sampling.student(dit, batch, [7, 8, 9], p)
     assert together.shape == batch.z.shape and not together.requires_grad
     fresh = [sampling.clip_noise([100_003 * s + i for s in (7, 8, 9)], batch.z.shape[1:]) for i in range(3)]       # of every step
-    close(together, stream.rollout(dit, batch.cond, timesteps=flow.timesteps(2, 3.0), chunk=3, cache=cache, noise=fresh.__getitem__,
+    close(together, chain.rollout(dit, batch.cond, timesteps=flow.timesteps(2, 3.0), chunk=3, cache=cache, noise=fresh.__getitem__,
                                    **batch.conditions()))
     for i in range(3):
         close(sampling.student(dit, batch.pick([i]), [7 + i], p), together[i:i + 1])

@@ -152,9 +152,9 @@ def test_a_stream_that_ends_early_leaves_no_video(files):
 
 
 def test_caches_are_those_of_the_streamer():
-    from tmlib import stream
+    from tmlib import chain
     cache = next(a for a in talk.arguments()._actions if a.dest == "cache")
-    assert cache.choices == stream.CACHES
+    assert cache.choices == chain.CACHES
 
 
 PROGRAM = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import flow, losses, sampling, stream
+from . import chain, flow, losses, sampling
 from .config import Progress, UserError, atomic
 from .latents import Batch, Latents
 from .sampling import clip_noise, denoiser
@@ -62,7 +62,7 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     """
     ts = flow.timesteps(p.steps, p.shift)
     if p.cache != "per_step":
-        return stream.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
+        return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
     v = denoiser(dit, batch, mask="sparse_causal")
     at = lambda t: torch.full((len(batch),), t)
     if start is not None and grad:

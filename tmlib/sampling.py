@@ -4,7 +4,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import flow, stream
+from . import chain, flow
 from .latents import Batch
 
 
@@ -39,5 +39,5 @@ def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance
 def student(dit, batch: Batch, seeds, p) -> Tensor:
     """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
     noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]) for i in range(p.steps + 1)]
-    return stream.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
+    return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
                           noise=lambda i: noise[i], **batch.conditions())

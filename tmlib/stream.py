@@ -1,10 +1,4 @@
-"""The autoregressive chain: one loop for training and for the runtime, and the streamer that feeds and drains it.
-
-- `Chain` holds the caches and makes one chunk after another; `rollout` runs it over a clip, `Streamer` for ever.
-- `full` is the same few-step student on a whole sequence under its mask: what training sees. With a cache per denoising
-  step it equals `rollout` for as long as the sequence fits the window, which is why no clean pass is needed.
-- Beyond the window positions stay pinned: reference at 0.., previous chunk and present chunk at the window's end.
-"""
+"""The streaming runtime: sound in pieces of any size goes in, frames come out chunk by chunk, for ever."""
 
 import itertools
 
@@ -12,176 +6,13 @@ import numpy as np
 import torch
 
 from . import flow
+from .chain import Chain, noise_maker
 from .config import UserError
 from .vae import i2v_condition
 
 RATE, FPS, STRIDE = 16_000, 16, 4                 # samples per second, frames per second, frames per latent frame
-CACHES = ("per_step", "next_step", "clean_pass")
 PLACEMENTS = ("serial",)
 
-
-# Conditions
-
-def chunk_condition(cond, index, chunk):
-    """The part of cond (B, 20, F, H, W) for chunk `index`; past its end the last chunk repeats."""
-    first = min(index * chunk, cond.shape[2] - chunk)
-    return cond[:, :, first : first + chunk]
-
-
-def with_null_audio(conditions):
-    """Conditions of a guided batch (2 B, ...): the given half, then the half whose audio is null (zero features)."""
-    if conditions.get("audio") is None:
-        raise UserError("guidance other than 1 needs audio: the null condition is zero audio features")
-    twice = {name: None if c is None else torch.cat([c, c]) for name, c in conditions.items()}
-    audio = conditions["audio"]
-    return {**twice, "audio": torch.cat([audio, torch.zeros_like(audio)])}
-
-
-def predict(dit, x_t, cond, t, conditions, guidance, **how):
-    """Velocity of x_t (B, 16, F, H, W). If guided, t and conditions are a batch of 2 B, see `with_null_audio`."""
-    x = torch.cat([x_t, cond.to(x_t)], dim=1)                                            # (B, 36, F, H, W)
-    x = x if guidance == 1 else torch.cat([x, x])
-    v = dit(x, t, **conditions, **how)
-    return v if guidance == 1 else flow.guided(*v.chunk(2), guidance)
-
-
-def bare(dit):
-    """The WanDiT inside a wrapper such as DistributedDataParallel."""
-    return getattr(dit, "module", dit)
-
-
-# The chain
-
-class Chain:
-    """An endless autoregressive chain: `next` makes the following chunk from its own past.
-
-    cond: (B, 20, F, H, W), see `chunk_condition`; (B, 0, F, H, W) for a model without image channels.
-    ts: falling times of the denoising steps. first_ts: times for chunk 0 only, which must contain those of ts.
-    cache: where the context of a denoising step comes from:
-        "per_step"    the previous chunk at the same step; no extra pass (the paper's figure);
-        "next_step"   the previous chunk one step further, so less noisy; no extra pass;
-        "clean_pass"  the finished previous chunk, written by one more forward pass at time `context_noise` (Self-Forcing).
-    """
-
-    def __init__(self, dit, cond, ts, *, chunk=None, cache="per_step", guidance=1.0, renoise="sde", context_noise=0.0,
-                 first_ts=None):
-        if cache not in CACHES:
-            raise UserError(f"cache {cache!r} is unknown; choose one of {', '.join(CACHES)}")
-        if first_ts is not None and not set(ts) <= set(first_ts):
-            raise UserError(f"the first chunk's times {first_ts} must contain the later chunks' times {ts}")
-        self.dit, self.cond, self.ts, self.first_ts = dit, cond, list(ts), list(first_ts or ts)
-        self.chunk, self.guidance, self.renoise, self.context_noise = chunk or bare(dit).chunk, guidance, renoise, context_noise
-        self.mode, self.index = cache, 0
-        self.batch = cond.shape[0] * (1 if guidance == 1 else 2)
-        self.caches = self.new_caches()
-        self.times = {t: torch.full((self.batch,), float(t), device=cond.device) for t in {*self.first_ts, *self.ts, context_noise}}
-        self.guided = {}                                     # name -> (source, doubled), so that memos see the same tensors
-
-    def new_caches(self):
-        """Static buffers, {t: (cache to read, cache to write)}: one per denoising step or the single clean one; one memo."""
-        count, memo = 1 if self.mode == "clean_pass" else len(self.ts), {}
-        size = self.cond.shape[-2:]
-        caches = [bare(self.dit).new_cache(self.batch, *size, chunk=self.chunk, memo=memo) for _ in range(count)]
-        if self.mode == "clean_pass":
-            return {t: (caches[0], None) for t in self.ts}
-        read = caches if self.mode == "per_step" else [*caches[1:], caches[-1]]
-        return {t: (r, w) for t, r, w in zip(self.ts, read, caches)}
-
-    def next(self, noise, *, text=None, image=None, audio=None, audio_mask=None, grad=None):
-        """x_0 of the next chunk (B, 16, chunk, H, W).
-
-        noise: step -> eps (B, 16, chunk, H, W); audio (B, chunk, tokens, D) and audio_mask are of this chunk alone.
-        grad: see flow.few_step; context is always constant to gradients.
-        """
-        ts = self.ts if self.index else self.first_ts
-        grad = None if grad is None else ts.index(self.ts[grad])
-        cond = chunk_condition(self.cond, self.index, self.chunk)
-        conditions = self.conditions(text=text, image=image, audio=audio, audio_mask=audio_mask)
-        velocity = lambda i, x_t: self.velocity(x_t, ts[i], cond, conditions)
-        x_0 = flow.few_step(velocity, noise, ts, self.renoise, grad, run_on=self.mode == "next_step")
-        if self.mode == "clean_pass":
-            self.write_clean(x_0.detach(), noise, len(ts), cond, conditions)
-        self.index += 1
-        return x_0
-
-    def velocity(self, x_t, t, cond, conditions):
-        cache, writes_to = self.caches.get(t, (None, None))  # a step of the first chunk alone needs no context, leaves none
-        if cache is not None:
-            cache.writes_to = writes_to
-        return predict(self.dit, x_t, cond, self.times[t], conditions, self.guidance, cache=cache)
-
-    @torch.no_grad()
-    def write_clean(self, x_0, noise, step, cond, conditions):
-        t = self.context_noise
-        x_t = flow.add_noise(x_0, noise(step), t) if t > 0 else x_0
-        clean = self.caches[self.ts[0]][0]
-        clean.writes_to = clean
-        predict(self.dit, x_t, cond, self.times[t], conditions, self.guidance, cache=clean)
-
-    def conditions(self, **given):
-        if self.guidance == 1:
-            return given
-        fresh = with_null_audio(given)
-        for name in ("text", "image"):
-            if self.guided.get(name, (None,))[0] is not given[name]:
-                self.guided[name] = (given[name], fresh[name])
-            fresh[name] = self.guided.get(name, (None, None))[1]
-        return fresh
-
-
-def noise_maker(shape, noise=None, generator=None, device="cpu"):
-    """(frames slice) -> (step -> eps (B, 16, frames, H, W)). From `noise`, see `rollout`, or drawn when asked for."""
-    whole = noise if noise is None or callable(noise) else noise.__getitem__
-
-    def draw(frames):
-        if whole is not None:
-            return lambda step: whole(step)[:, :, frames]
-        B, _, H, W = shape
-        size = (B, 16, frames.stop - frames.start, H, W)
-        where = generator.device if generator is not None else device      # drawn on a CPU: equal numbers on any device
-        return lambda step: torch.randn(size, generator=generator, device=where).to(device)
-    return draw
-
-
-def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=None, audio_mask=None, noise=None, generator=None,
-            grad=None, on_chunk=None, **chain):
-    """Latents (B, 16, chunks * chunk, H, W) made chunk by chunk, each from chunk 0 and the one before it; chunks: as cond has.
-
-    cond (B, 20, F, H, W), text, image: as in `Chain` and WanDiT.forward; audio (B, frames, tokens, D), audio_mask (B, frames, h, w)
-    noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`;
-    clean_pass with context_noise takes one step more.
-    grad: index of the denoising step that keeps its gradient, the same in every chunk, at which each chunk ends
-    (Self-Forcing, Algorithm 1); None: no gradient at all. on_chunk: (index, x_0) -> None after each chunk.
-    chain: chunk, cache, guidance, renoise, context_noise, first_ts of `Chain`.
-    """
-    state = Chain(dit, cond, timesteps, **chain)
-    draw = noise_maker((cond.shape[0], 16, *cond.shape[-2:]), noise, generator, cond.device)
-    part = lambda c, frames: None if c is None else c[:, frames]
-    out = []
-    for index in range(cond.shape[2] // state.chunk if chunks is None else chunks):
-        frames = slice(index * state.chunk, (index + 1) * state.chunk)
-        out.append(state.next(draw(frames), text=text, image=image, audio=part(audio, frames),
-                              audio_mask=part(audio_mask, frames), grad=grad))
-        if on_chunk is not None:
-            on_chunk(index, out[-1])
-    return torch.cat(out, dim=2)
-
-
-def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=None, guidance=1.0, renoise="sde", grad=None,
-         **conditions):
-    """Few-step latents (B, 16, F, H, W) of a whole sequence at once, under a mask, all chunks sharing each step's time.
-
-    The layout of the paper's training figure. Arguments as in `rollout`; conditions: text, image, audio, audio_mask.
-    """
-    B, _, frames, H, W = cond.shape
-    eps = noise_maker((B, 16, H, W), noise, generator, cond.device)(slice(0, frames))
-    conditions = conditions if guidance == 1 else with_null_audio(conditions)
-    times = [torch.full((B if guidance == 1 else 2 * B,), float(t), device=cond.device) for t in timesteps]
-    velocity = lambda i, x_t: predict(dit, x_t, cond, times[i], conditions, guidance, mask=mask)
-    return flow.few_step(velocity, eps, timesteps, renoise, grad)
-
-
-# The streaming runtime
 
 class Sound:
     """The last seconds of an endless waveform, gathered from pieces of any size; constant memory."""

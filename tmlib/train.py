@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import flow, losses, stream
+from . import chain, flow, losses
 from .config import SCRATCH, Progress, atomic
 from .latents import Latents
 from .muon import Muon
@@ -184,7 +184,7 @@ def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> Callable[[torch.G
         u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n                     # stratified in (0, 1)
         t = 1000 * flow.shift_sigma(u, p.shift)
         eps = torch.randn(batch.z.shape, generator=g)
-        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * stream.bare(dit).loss_weight(batch.z, t))}
+        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * chain.bare(dit).loss_weight(batch.z, t))}
     return loss
 
 

@@ -437,7 +437,7 @@ PRIOR = [[0.05, 0.3, 0.3, 0.05]] * 4
 @torch.no_grad()
 def test_with_a_prior_a_silent_network_draws_the_reference():
     from tmlib import flow
-    dit = tiny(prior_std=PRIOR)
+    dit = tiny(condition="repeat", prior_std=PRIOR)
     for p in dit.proj_out.parameters():
         p.zero_()
     x, _, given = inputs(dit, frames=21, batch=1)
@@ -451,7 +451,7 @@ def test_with_a_prior_a_silent_network_draws_the_reference():
 def test_prior_is_a_change_of_variables():
     """The same inner network, asked directly: v = guess + deviation x net(seen)."""
     from tmlib import flow
-    dit, plain = tiny(prior_std=PRIOR), tiny()
+    dit, plain = tiny(condition="repeat", prior_std=PRIOR), tiny()
     plain.load_state_dict(dit.state_dict())                               # no parameters of its own
     x, t, given = inputs(dit)
     seen, guess, left = flow.reference_prior(x[:, :16], x[:, -16:], torch.tensor(PRIOR), t)
@@ -461,10 +461,12 @@ def test_prior_is_a_change_of_variables():
 
 
 def test_prior_goes_through_files(tmp_path):
-    dit = tiny(prior_std=PRIOR)
+    dit = tiny(condition="repeat", prior_std=PRIOR)
     dit.save_pretrained(tmp_path)
     again = WanDiT.from_pretrained(tmp_path)
     assert again.config == dit.config and hash(again.config)
     x, t, given = inputs(dit)
     assert torch.equal(again(x, t, **given), dit(x, t, **given))
+    with pytest.raises(UserError, match="needs the picture on every frame"):
+        tiny(prior_std=PRIOR)
     assert "prior_std" not in json.loads((tmp_path / "config.json").read_text())

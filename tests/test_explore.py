@@ -33,7 +33,7 @@ def house(tmp_path_factory):
     save_vae(VideoVAE(VAEConfig(encoder=(16, 16, 16), decoder=(16, 16, 16), blocks=1)), models)
     for name in ("teacher", "student"):
         stir(WanDiT.from_variant("smoke", audio_tokens=encoder.tokens_per_latent)).save_pretrained(models / name)
-    how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "condition": "repeat", "size": 64, "face_region": [[1.0] * 4] * 4}
+    how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "size": 64, "face_region": [[1.0] * 4] * 4}
     config.save_json(models / "student" / "stream.json", how)
     return root
 

@@ -207,7 +207,7 @@ def test_untrained_networks_talk_through_the_real_streamer(files, monkeypatch, c
     save_vae(VideoVAE(VAEConfig(encoder=(16, 16, 16), decoder=(16, 16, 16), blocks=1)), folder)
     dit = WanDiT.from_variant("mini", num_layers=1, audio_dim=encoder.cfg.dim, audio_tokens=encoder.tokens_per_latent)
     dit.save_pretrained(folder / "student")
-    how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "condition": "repeat", "size": 64, "face_region": [[1.0] * 4] * 4}
+    how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "size": 64, "face_region": [[1.0] * 4] * 4}
     config.save_json(folder / "student" / "stream.json", how)
     assert talk.main(command(files, "--style-prompt", "flat")) == 0
     with av.open(str(files / "out.mp4")) as video:

@@ -42,6 +42,7 @@ class DiTConfig:
     audio_depth: int                                # how many residual MLPs follow the first
     audio_every: int                                # audio layers in blocks 0, n, 2n, ...
     chunk: int = 3                                  # latent frames per chunk, for the causal masks
+    condition: str = "grey"                         # how it takes the picture, see `vae.i2v_condition`
     prior_std: tuple | None = None                  # (rows, columns) of x_0 about the reference picture; None: plain Wan
     patch_size: tuple = (1, 2, 2)
     eps: float = 1e-6
@@ -49,6 +50,8 @@ class DiTConfig:
     def __post_init__(self):
         if self.prior_std is not None:
             object.__setattr__(self, "prior_std", tuple(map(tuple, self.prior_std)))     # hashable, and as JSON gives it
+        if self.prior_std is not None and self.condition != "repeat":
+            raise UserError(f"prior_std needs the picture on every frame: condition {self.condition!r} must be 'repeat'")
         if self.patch_size[0] != 1:
             raise UserError(f"patch_size {self.patch_size}: a patch must span one latent frame, so that audio has its own frames")
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
@@ -272,7 +275,8 @@ def init_weights(model, names=None):
 
 # Variants
 
-OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3, prior_std=None)
+OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3, condition="grey",
+                    prior_std=None)
 _WAN = dict(in_channels=36, out_channels=16, text_dim=4096, image_dim=1280, freq_dim=256, **OUR_DEFAULTS)
 _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width": 128, "audio_hidden": 256, "audio_depth": 1}
 

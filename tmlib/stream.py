@@ -59,15 +59,15 @@ class Streamer:
 
     dit, vae, audio_encoder: in one place, see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens,
     lookahead_samples). Memory and time per chunk do not grow. placement: "serial" (one device, denoise then decode).
-    fill: what the model takes the picture with, see `vae.i2v_condition`. steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
+    steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=8, fill="grey", **chain):
+                 timesteps=None, seed=0, window=21, history_s=8, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
-        self.chunk, self.seed, self.window, self.history, self.fill = chunk or dit.chunk, seed, window, int(history_s * RATE), fill
+        self.chunk, self.seed, self.window, self.history = chunk or dit.chunk, seed, window, int(history_s * RATE)
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
         self.text = None
 
@@ -99,7 +99,7 @@ class Streamer:
 
     def begin(self, image):
         """The chain for a picture, and where its noise comes from."""
-        cond = i2v_condition(self.vae, to_video(image).to(self.dit.device), self.window, self.fill)
+        cond = i2v_condition(self.vae, to_video(image).to(self.dit.device), self.window, self.dit.config.condition)
         shape = (1, 16, *cond.shape[-2:])
         return Chain(self.dit, cond, **self.chain), noise_maker(shape, None, torch.Generator().manual_seed(self.seed), cond.device)
 

@@ -100,7 +100,7 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     """A Streamer set up as the student was distilled; steps and cache may be tried otherwise."""
     from . import flow, stream
     times = flow.timesteps(steps or m.how["steps"], m.how["shift"])
-    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], fill=m.how["condition"], timesteps=times, seed=seed)
+    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
 
 
 def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str) -> Talker:

@@ -30,7 +30,8 @@ ALLOWED = {
     "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
-    "figures": "", "report": "metrics media figures",
+    "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
+    "figures": "", "report": "metrics media figures", "readme": "figures report",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 

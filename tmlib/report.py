@@ -105,7 +105,7 @@ CLAIMS = {
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
              "adaptation": "30_adaptation", "teacher": "40_teacher", "student": "50_distillation", "streaming": "60_streaming",
-             "latency": "65_latency"}
+             "latency": "65_latency", "robustness": "67_robustness"}
 
 
 # --------------------------------------------------------------------------------------------------------- claims

@@ -1,0 +1,48 @@
+"""robustness: the same faces and timbres in harder company, and nothing of it left behind."""
+import numpy as np
+import pytest
+
+from tmlib import data, robustness
+from tmlib.robustness import Split, babble, foreign, sayable
+
+
+@pytest.fixture(scope="module")
+def plain():
+    voices, sentences = data.word_lists()["test"]
+    return robustness.clips(5, "plain", voices, sentences[:6])
+
+
+def test_foreign_voices_keep_all_but_the_language():
+    voices = data.word_lists()["test"][0]
+    abroad = foreign(voices, ["it", "sv"])
+    assert [v.language.partition("+")[::2] for v in abroad[:3]] == [("it", "f3"), ("sv", "m4"), ("it", "f5")]
+    assert [(v.rate, v.pitch, v.range) for v in abroad] == [(v.rate, v.pitch, v.range) for v in voices]
+
+
+def test_sentences_that_somebody_cannot_say_are_left_out():
+    voices, sentences = data.word_lists()["test"]
+    assert sayable(sentences[:4], voices) == sentences[:4]
+    some = sayable(sentences, foreign(voices, ["nl", "pl"]))
+    assert 0 < len(some) < len(sentences) and set(some) < set(sentences)
+
+
+def test_faces_are_the_same_for_every_kind(plain):
+    voices, sentences = data.word_lists()["test"]
+    abroad = robustness.clips(5, "accent", foreign(voices, ["sv"]), sayable(sentences, foreign(voices, ["sv"])))
+    for a, b in zip(plain, abroad):
+        assert not np.array_equal(a.wave, b.wave) and a.voice == b.voice
+        assert np.median(np.abs(a.frames[0].astype(int) - b.frames[0])) < 12       # the same person, moved
+
+
+def test_babble_is_as_loud_as_asked_and_is_other_people(plain):
+    mixed = babble(plain, 10.0)
+    for clip, wave in zip(plain, mixed):
+        crowd = wave - clip.wave
+        assert 10 * np.log10(np.mean(clip.wave ** 2) / np.mean(crowd ** 2)) == pytest.approx(10, abs=0.05)
+        assert abs(np.corrcoef(crowd, clip.wave)[0, 1]) < 0.1
+
+
+def test_split_stands_for_one_on_disk(plain):
+    split = Split(plain)
+    assert len(split) == 5 and np.array_equal(split.wave(2), plain[2].wave) and split.frames.shape == (5, 81, 64, 64, 3)
+    assert Split(plain, ["a"] * 5).wave(1) == "a" and {m["kind"] for m in split.meta} == {"speaking"}

@@ -1,0 +1,65 @@
+"""Harder company for a trained student: foreign accents, other rates of speech, a crowd behind the speaker (N1)."""
+from dataclasses import replace
+
+import numpy as np
+
+from . import data, evaluate, metrics, sampling, speech
+from .config import SCRATCH, UserError
+from .data import STYLES, Clip
+from .latents import Latents, encode_split, save_latents
+
+
+class Split:
+    """Clips in memory in the place of a split on disk; `waves`: what is heard instead of their own sound."""
+
+    def __init__(self, clips: list[Clip], waves: list[np.ndarray] | None = None):
+        for name in ("frames", "truth", "mouth", "face"):
+            setattr(self, name, np.stack([getattr(c, name) for c in clips]))
+        self.waves = waves or [c.wave for c in clips]
+        self.meta = [{"style": STYLES[i % 3], "kind": "speaking"} for i in range(len(clips))]
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+    def wave(self, i: int) -> np.ndarray:
+        return self.waves[i]
+
+
+def foreign(voices: list, accents: list[str]) -> list:
+    """The voices' timbres (espeak-ng's variants), rates and pitches, reading as speakers of other languages would."""
+    return [replace(v, language=f"{accents[i % len(accents)]}+{v.language.partition('+')[2]}") for i, v in enumerate(voices)]
+
+
+def sayable(sentences: list[str], voices: list) -> list[str]:
+    """The sentences that every voice can say in sounds that the miniature knows."""
+    def known(sentence: str) -> bool:
+        try:
+            return all(len(speech.synthesise(sentence, v).wave) for v in voices)
+        except UserError:
+            return False
+    return [s for s in sentences if known(s)]
+
+
+def clips(n: int, kind: str, voices: list, sentences: list[str]) -> list[Clip]:
+    """n clips on faces that nothing else uses, the same for every kind, spoken by these voices."""
+    data.word_lists()[kind] = (voices, sentences)
+    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i)) for i in range(n)]
+
+
+def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
+    """Each clip's sound with three other people talking behind it, `snr_db` below the speaker."""
+    rms = lambda w: np.sqrt(np.mean(w ** 2)) + 1e-9
+    crowds = [sum(some[(i + k) % len(some)].wave for k in (1, 2, 4)) for i in range(len(some))]
+    return [(c.wave + crowd * rms(c.wave) / rms(crowd) * 10 ** (-snr_db / 20)).astype(np.float32) for c, crowd in zip(some, crowds)]
+
+
+def lip_r(split: Split, student, models, p, how, what: str) -> np.ndarray:
+    """Lip r of the streamed student on every clip (n,). models: (vae, speech encoder, lip reader, face encoder);
+    p: the student's steps, shift, chunk, cache; how: the parameters of `encode_split`."""
+    vae, encoder, lips, face = models
+    path = SCRATCH / f"robustness-{what}.safetensors"
+    save_latents(encode_split(split, vae, encoder, face, how, what), path)
+    bench = evaluate.Bench(split, Latents(path), vae, lips, face)
+    path.unlink()
+    video = bench.videos(lambda batch, index: sampling.student(student, batch, index, p), 12, what)
+    return metrics.lip_r(bench.read(video)[..., 0], split.truth[..., 0])

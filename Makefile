@@ -37,7 +37,7 @@ doctor: $(READY)  ## check this machine: torch, torchaudio, espeak-ng, kernel, d
 	@$(PY) -m tmlib.doctor
 
 test: $(READY)  ## run the tests; ARGS='-k stream' for some of them
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A scale other than mini runs in a mirror of this tree, .scales/<name>/, with data, lock and cache of its own.
 repro: $(READY) check-stripped  ## run what is out of date of the pipeline; SCALE=smoke (or gpu, wan14b) for another scale; ARGS=stage for one

@@ -13,6 +13,13 @@ import pytest
 from tmlib import config
 
 
+SLOW = ("test_pipeline.py", "test_explore.py", "test_make.py", "test_avatar.py")      # first, so that no worker is left with them at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     try:

@@ -22,7 +22,7 @@ def test_mask_matrix_is_the_brute_force_one(kind, frames, tokens, chunk):
 
 
 def test_sparse_causal_is_the_papers_figure():
-    rows = ["#......", "##.....", "###....", "#.##...", "#..##..", "#...##.", "#....##"]      # PEERS.md, section 0
+    rows = ["#......", "##.....", "###....", "#.##...", "#..##..", "#...##.", "#....##"]      # as the paper's figure has it
     mask = att.mask_matrix("sparse_causal", 21, 1, 3)[::3, ::3]
     assert ["".join(".#"[seen] for seen in row) for row in mask.tolist()] == rows
 

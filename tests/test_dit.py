@@ -311,7 +311,7 @@ def test_one_block_of_the_paper_runs_at_full_width_on_the_meta_device():
     for _ in range(3):
         out = dit(x.bfloat16(), t, cache=cache, **{n: c.bfloat16() for n, c in given.items()})
     assert out.shape == (1, 16, 3, 64, 64) and out.dtype == torch.bfloat16 and out.device.type == "meta"
-    assert 40 * (cache.k.nbytes + cache.v.nbytes) == 5_033_164_800                      # PEERS.md: 5.0 GB, for ever
+    assert 40 * (cache.k.nbytes + cache.v.nbytes) == 5_033_164_800                      # 5.0 GB, for ever
 
 
 # Files

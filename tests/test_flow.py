@@ -40,7 +40,7 @@ def test_ends_are_clean_and_noise(pair):
 
 
 def test_known_schedules():
-    assert flow.timesteps(2, 5) == pytest.approx([1000, 833.3333])                      # PEERS.md, decision 10
+    assert flow.timesteps(2, 5) == pytest.approx([1000, 833.3333])
     assert flow.timesteps(4, 5) == pytest.approx([1000, 937.5, 833.3333, 625])
     assert flow.timesteps(4, 1) == pytest.approx([1000, 750, 500, 250])
     assert set(flow.timesteps(3, 3)) <= set(flow.timesteps(6, 3))                       # floats equal, not just close

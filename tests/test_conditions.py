@@ -15,18 +15,25 @@ from tmlib.conditions import image_tokens, read_tokens, text_tokens
 from tmlib.config import UserError
 
 pytest.importorskip("transformers")
-WORDS = ["<pad>", "</s>", "<unk>", "a", "face", "speaking", "listening", "&", "anime"]
+WORDS = ["<pad>", "</s>", "<unk>", *("\u2581" + w for w in ("a", "face", "speaking", "listening", "&", "anime"))]      # \u2581: a space
 PROMPTS = ["a face speaking", "a anime face listening a anime face", ""]
+CLIP_PICTURES = {"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
+                 "do_rescale": True, "do_resize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073], "resample": 3,
+                 "image_std": [0.26862954, 0.26130258, 0.27577711], "rescale_factor": 1 / 255, "size": {"shortest_edge": 224},
+                 "image_processor_type": "CLIPImageProcessor"}
 
 
 def save_tokenizer(folder):
-    """One token a word and </s> behind them, zeros for padding, saved as fast tokenizers are."""
+    """UMT5's kind, one token a word: pieces with scores, </s> behind them, 0 for padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = Tokenizer(models.Unigram([(w, -float(i)) for i, w in enumerate(WORDS)], unk_id=2))
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
     t.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    t.add_special_tokens(WORDS[:3])
+    folder.mkdir()
+    t.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
 
 
 def stirred(net):
@@ -38,7 +45,7 @@ def stirred(net):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     """A folder in diffusers' layout with a tiny UMT5 (of Wan's kind: gated GELU) and a tiny CLIP of real proportions in tokens."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wan")
     text = stirred(UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
@@ -47,7 +54,8 @@ def house(tmp_path_factory):
                                                      image_size=224, patch_size=14, hidden_act="gelu", projection_dim=8)))
     text.save_pretrained(folder / "text_encoder")
     image.save_pretrained(folder / "image_encoder")
-    CLIPImageProcessorPil().save_pretrained(folder / "image_processor")
+    (folder / "image_processor").mkdir()
+    (folder / "image_processor" / "preprocessor_config.json").write_text(json.dumps(CLIP_PICTURES))
     save_tokenizer(folder / "tokenizer")
     return folder
 

@@ -175,6 +175,26 @@ def test_the_cost_of_bounded_context_is_measured(shape):
     assert errors[1] == pytest.approx(((bounded - whole).norm() / whole.norm()).item(), rel=1e-5)
 
 
+def test_full_size_parts_serve_the_runtime():
+    """Wan's codec and Wav2Vec2 in the streamer, as they are: pieces of any size give the frames of the whole, on the clip's tokens."""
+    from test_wan_vae import make_net as make_codec
+    from tiny import make_dit
+    from tmlib.stream import Streamer
+    from tmlib.wan_vae import WanVAE
+    ears = Wav2VecEncoder(make_net(hidden_size=6), Wav2VecConfig(**SHORT))
+    heard, tokens = [], ears.tokens
+    ears.tokens = lambda *how: heard.append(tokens(*how)) or heard[-1]
+    streamer = Streamer(make_dit(), WanVAE(make_codec()), ears, history_s=ears.history_samples / RATE)
+    image, wave = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), noise(2.5).numpy()
+    prompt = dict(text=torch.ones(1, 3, 10), image_tokens=torch.ones(1, 2, 12), audio_mask=torch.ones(2, 2))
+    whole = list(streamer.stream(image, wave, **prompt))
+    assert [f.shape for f in whole] == [(9, 32, 32, 3)] + [(12, 32, 32, 3)] * 3 and whole[1].std() > 1
+    clip = np.concatenate([wave, np.zeros(2 * RATE, np.float32)])            # the silence that a streamer adds
+    assert torch.equal(torch.cat(heard), tokens(clip, 0, 12))
+    pieces = list(streamer.stream(image, (wave[i:i + 777] for i in range(0, len(wave), 777)), **prompt))
+    assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
 # ---- parameters and files ----------------------------------------------------------------------
 
 def test_parameters_that_cannot_be_are_refused(net):

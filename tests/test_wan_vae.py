@@ -21,7 +21,7 @@ def make_net(seed=0, **changes):
     torch.manual_seed(seed)
     net = AutoencoderKLWan(**{**SMALL, **changes})
     for p in net.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
+        p.data.add_(0.05 * torch.randn_like(p))
     return net.eval().requires_grad_(False)
 
 
@@ -40,7 +40,7 @@ def statistics(net):
 
 @pytest.fixture(scope="module")
 def vae():
-    return WanVAE(make_net())
+    return WanVAE(make_net(base_dim=8))          # its norms are over few channels, where rounding errors grow
 
 
 # ---- diffusers' numbers ------------------------------------------------------------------------
@@ -105,8 +105,8 @@ def test_chunks_decode_to_the_whole(vae, chunks, together):
         parts.append(video)
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=0)
     assert [c.shape for c in cache] == [c.shape for c in last]
-    for a, b in zip(cache, last):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    after = randn(2, 16, 2, 2, 2, seed=1)                                    # both pasts have the same future
+    torch.testing.assert_close(streaming.decode(after, cache)[0], vae.decode(after, last)[0], atol=1e-5, rtol=0)
 
 
 def test_the_past_is_the_callers(vae):

@@ -55,7 +55,7 @@ def test_features_are_the_hidden_states_of_transformers(shape):
     net, wave = make_net(**shape), 3 * noise(0.7) + 0.05                     # neither centred nor of unit variance
     inputs = Wav2Vec2FeatureExtractor()(wave.numpy(), sampling_rate=RATE, return_tensors="pt").input_values
     out = net(inputs, output_hidden_states=True)
-    states = out.hidden_states
+    states = [*out.hidden_states[:-1], out.last_hidden_state]                # the same, but for the last norm of large models
     for layers in ((-1,), (0, 1), tuple(range(len(states)))):
         want = torch.cat([states[i][0] for i in layers], -1)
         got = Wav2VecEncoder(net, Wav2VecConfig(layers=layers)).features(wave)
@@ -168,7 +168,7 @@ def test_the_cost_of_bounded_context_is_measured(shape):
     """Nothing where the window holds the clip, something elsewhere: by hand, and less with more of the clip in sight."""
     net, wave, n = make_net(**shape), noise(3.0), 9
     at = lambda past, ahead: context_error(Wav2VecEncoder(net, Wav2VecConfig(past_s=past, ahead_s=ahead)), wave, n)
-    errors = [at(0.0, 0.0), at(0.5, 0.2), at(1.5, 0.5), at(3.0, 3.0)]
+    errors = [at(0.0, 0.0), at(0.5, 0.2), at(2.0, 1.0), at(3.0, 3.0)]
     assert errors[0] > errors[1] > errors[2] > 1e-4 and errors[3] == 0
     bounded = Wav2VecEncoder(net, Wav2VecConfig(past_s=0.5, ahead_s=0.2)).tokens(wave, 0, n)
     whole = Wav2VecEncoder(net, Wav2VecConfig(past_s=9, ahead_s=9)).tokens(wave, 0, n)

@@ -24,7 +24,7 @@ def find_part(source, part: str, config: str = "config.json") -> Path:
     for candidate in (path / part, path):
         if (candidate / config).is_file():
             return candidate
-    raise UserError(f"{path / part / config}: missing; copy the part `{part}` of the model there")
+    raise UserError(f"{path / part / config}: missing, and so is {path / config}; copy the model's {part} there")
 
 
 def download(hub_id: str, part: str) -> Path:

@@ -83,11 +83,12 @@ class Wav2VecEncoder(nn.Module):
         return ceil((c.context / c.fps + c.past_s) * RATE + self.sees / 2 + 2 * self.hop)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Samples (m,) -> features (L, dim) float32, L = (m - 400) // 320 + 1: transformers' hidden states, nothing else."""
+        """Samples (m,) -> features (L, dim) float32, L = (m - 400) // 320 + 1: transformers' hidden states and nothing else."""
         if self.cfg.normalise:
             wave = wave - wave.mean()
             wave = wave / (wave.var(correction=0) + FLOOR).sqrt().clamp_min(self.cfg.quiet)
-        states = self.net(wave[None].to(self.net.dtype), output_hidden_states=True).hidden_states
+        out = self.net(wave[None].to(self.net.dtype), output_hidden_states=True)
+        states = [*out.hidden_states[:-1], out.last_hidden_state]             # large models' last norm: not in every version's [-1]
         picked = torch.stack([states[i][0] for i in self.cfg.layers], 1).float()              # (L, layers, hidden)
         return picked.flatten(1) if self.cfg.join == "concat" else picked.mean(1)
 
@@ -151,4 +152,4 @@ def load_wav2vec(source, cfg: Wav2VecConfig = Wav2VecConfig(), dtype=torch.float
             raise UserError(f"{path}: {extractor['sampling_rate']} samples per second; give a model of {RATE}")
         cfg = replace(cfg, normalise=extractor.get("do_normalize", True))
     net = load_part(Wav2Vec2Model, folder, dtype, device, optional=("masked_spec_embed",))    # that one trains only
-    return Wav2VecEncoder(net, cfg)
+    return Wav2VecEncoder(net, cfg).eval()

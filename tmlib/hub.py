@@ -64,11 +64,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = ()):
-    """`cls.from_pretrained(folder)`, frozen, for inference. Every weight must be there but those whose names end in `optional`."""
+def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = (), **how):
+    """`cls.from_pretrained(folder, **how)`, frozen, for inference. Only weights whose names end in `optional` may be missing."""
     weight_files(folder)
     try:
-        net, info = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
+        how = dict(how, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
+        net, info = cls.from_pretrained(folder, **how)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: its weights are not those of its config.json ({line}); copy both again") from error

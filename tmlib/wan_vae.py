@@ -70,4 +70,5 @@ def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -
             raise UserError(f"{folder / 'config.json'}: {name} = {config[name]!r}, Wan2.1's codec has {value!r}; give that one")
     if len(config.get("dim_mult", (1, 2, 4, 4))) != 4 or sum(config.get("temperal_downsample", (0, 1, 1))) != 2:
         raise UserError(f"{folder / 'config.json'}: does not compress 4 times in time and 8 times in space; give Wan2.1's codec")
-    return WanVAE(load_part(AutoencoderKLWan, folder, dtype, device), together).eval()
+    net = load_part(AutoencoderKLWan, folder, dtype, device, low_cpu_mem_usage=False)         # else diffusers asks for accelerate
+    return WanVAE(net, together).eval()

@@ -3,7 +3,8 @@
 What is special
 - Wav2Vec2 attends to the whole clip, the future included, so its features cannot be cut from a stream. Here every `group` of
   latent frames is encoded from a window of its own: `past_s` seconds before it, `ahead_s` after it. Tokens are a function of
-  that window alone: training on whole clips and streaming in pieces give the same, and memory and time never grow.
+  that window alone: a whole clip and a stream in pieces give the same, and memory and time never grow. Only a clip that ends
+  inside the last windows lacks their look-ahead; give it `lookahead_samples` more of its recording, or of zeros.
 - Where the window holds the whole clip, tokens are those of transformers' model on the whole clip. Otherwise they differ, for
   each model by another amount: `context_error` measures it, and says what more past or look-ahead would buy.
 - Loudness as Wav2Vec2's feature extractor has it, zero mean and unit variance, but over the window: a clip's statistics are not
@@ -44,7 +45,7 @@ class Wav2VecConfig:
         if self.join not in ("concat", "mean") or not self.layers:
             raise UserError(f'wav2vec: join {self.join!r} of layers {self.layers}: choose "concat" or "mean" of some')
         if min(self.past_s, self.ahead_s, self.context) < 0 or min(self.group, self.per_frame, self.fps) < 1:
-            raise UserError(f"wav2vec: past_s {self.past_s}, ahead_s {self.ahead_s} and context {self.context} must not be negative, "
+            raise UserError(f"wav2vec: past_s {self.past_s}, ahead_s {self.ahead_s} and context {self.context} must be at least 0, "
                             f"group {self.group}, per_frame {self.per_frame} and fps {self.fps} must be at least 1")
 
 

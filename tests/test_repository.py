@@ -30,6 +30,7 @@ ALLOWED = {
     "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
+    "hub": "", "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub",
     "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "report": "metrics media figures", "readme": "figures report",
 }

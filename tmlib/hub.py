@@ -1,0 +1,99 @@
+"""Pretrained parts in the folders of diffusers and transformers: found, checked and loaded whole, or refused in one line.
+
+What is special
+- A source is a part's own folder, a pipeline's folder that holds it ("vae/", "text_encoder/"), or a hub id of either.
+- Files are looked at before a library sees them: what is missing, cut short or not safetensors is named. No pickle is ever read.
+- Libraries give weights that a file lacks random values and go on; here that is an error.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+from .config import UserError
+
+EDGE = 1 << 20                                   # bytes at either end of a weight file that identify it
+
+
+def find_part(source, part: str, config: str = "config.json") -> Path:
+    """The folder of `part` ("vae"): the first of `source`/part and `source` itself that holds the file `config`."""
+    path = Path(source)
+    if not path.is_dir():
+        if str(source).count("/") != 1 or path.is_absolute() or str(source).startswith("."):
+            raise UserError(f"{source}: no such folder; give a folder in diffusers' layout or a hub id such as Wan-AI/...")
+        path = download(str(source), part)
+    for candidate in (path / part, path):
+        if (candidate / config).is_file():
+            return candidate
+    raise UserError(f"{path / part / config}: missing, and so is {path / config}; copy the model's {part} there")
+
+
+def download(hub_id: str, part: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        kinds = (f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt", "model*.safetensors", "*.json")
+        return Path(snapshot_download(hub_id, allow_patterns=kinds))
+    except Exception as error:
+        raise UserError(f"{hub_id}: no folder here, and no model that could be downloaded ({type(error).__name__})") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}); copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not an object with settings; copy it again")
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part, each there and complete (safetensors checks its length against its header)."""
+    from safetensors import safe_open
+    stem = "diffusion_pytorch_model" if "_class_name" in read_json(folder / "config.json") else "model"
+    index = folder / f"{stem}.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [f"{stem}.safetensors"]
+    files = [folder / name for name in names]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: missing; copy it there, or convert other weights to safetensors first")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:
+            raise UserError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())}); copy it again") from error
+    return files
+
+
+def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = (), **how):
+    """`cls.from_pretrained(folder, **how)`, frozen, for inference. Only weights whose names end in `optional` may be missing."""
+    weight_files(folder)
+    try:
+        how = dict(how, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
+        net, info = cls.from_pretrained(folder, **how)
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its weights are not those of its config.json ({line}); copy both again") from error
+    if lost := sorted(name for name in info["missing_keys"] if not name.endswith(optional)):
+        raise UserError(f"{folder}: {len(lost)} weights missing, such as {', '.join(lost[:3])}; is config.json of another model?")
+    return net.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(*folders: Path) -> str:
+    """Hex digest of models: all small files (configurations, vocabularies), and size and ends of each file of weights.
+
+    Reading 11 GB to look up one prompt would take longer than to encode it; a fine-tuned model that differs from another in the
+    middle of a file alone would be taken for it.
+    """
+    digest = hashlib.sha256()
+    kinds = (".json", ".txt", ".model", ".safetensors")
+    for path in (p for folder in folders for p in sorted(Path(folder).iterdir()) if p.suffix in kinds):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors" or size <= 2 * EDGE:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(EDGE))
+                file.seek(-EDGE, 2)
+                digest.update(file.read())
+    return digest.hexdigest()

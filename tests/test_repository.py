@@ -30,12 +30,12 @@ ALLOWED = {
     "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
-    "figures": "", "report": "metrics media figures",
+    "figures": "", "report": "metrics media figures", "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

@@ -86,6 +86,18 @@ def test_a_float8_linear_is_the_linear_of_its_rounded_operands():
     assert 1e-3 < error(y, linear(x).detach()) < 0.06
 
 
+def test_the_scaled_product_fits_the_kernel():
+    """Shapes, strides and precisions as torch checks them for CUDA, on fake tensors: no GPU is needed to be wrong there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 24, 64, device="cuda", dtype=torch.bfloat16), torch.empty(48, 64, device="cuda")
+        (a, scale_a), (b, scale_b) = fast.quantise(x.flatten(0, -2)), fast.quantise(weight)
+        out = fast.scaled_product(a, b, scale_a, scale_b.T.contiguous(), torch.empty(48, device="cuda"), x.dtype)
+        assert out.is_cuda and out.shape == (48, 48) and out.dtype == torch.bfloat16
+        with pytest.raises((RuntimeError, AssertionError)):
+            fast.scaled_product(a, b, scale_a.T, scale_b.T.contiguous(), torch.empty(48, device="cuda"), x.dtype)
+
+
 def test_fp8_streams_with_a_bounded_error(eager):
     dit = fast.to_fp8(fast.fuse_qkv(make()))
     kinds = {name: type(m).__name__ for name, m in dit.blocks[0].named_modules()}

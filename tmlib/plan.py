@@ -163,8 +163,8 @@ def activation_bytes(c, frames: int, rows: int, columns: int, mask="bidirectiona
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
             h, mod = empty(batch, frames, S, d).requires_grad_(), empty(batch, 1, 6, d).requires_grad_()
             torch.func.functional_call(block, weights, (h, mod, ctx))
-        for weight in weights.values():                               # counted elsewhere
-            kept.pop(weight.untyped_storage()._cdata, None)
+        for shared in (*weights.values(), *ctx):                      # counted elsewhere, or once for all blocks
+            kept.pop(shared.untyped_storage()._cdata if isinstance(shared, torch.Tensor) else None, None)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
@@ -221,10 +221,10 @@ def step_bytes(c, count, chunk, tokens, width=2) -> int:
 
 def tokens_of(c, size: str) -> tuple[int, int]:
     """Rows and columns of tokens of a picture "512" or "480x832" (height x width) of pixels."""
-    sides = [int(s) for s in size.lower().split("x") if s.isdecimal()]
-    sides = sides * 2 if len(sides) == 1 and "x" not in size.lower() else sides
-    steps = [8 * p for p in c.patch_size[1:]]
-    if len(sides) != 2 or min(sides) < 1 or any(side % step for side, step in zip(sides, steps)):
+    parts, steps = size.lower().split("x"), [8 * p for p in c.patch_size[1:]]
+    parts = parts * 2 if len(parts) == 1 else parts
+    sides = [int(s) for s in parts if s.isdecimal()]
+    if not len(parts) == len(sides) == 2 or min(sides) < 1 or any(side % step for side, step in zip(sides, steps)):
         raise UserError(f"size {size}: give multiples of {steps[0]} pixels such as 512, or 480x832 for height x width")
     return sides[0] // steps[0], sides[1] // steps[1]
 

@@ -96,14 +96,6 @@ def to_steady_state(chain, scene):
     return x_0
 
 
-def steady(args, dit, rows, columns, device):
-    """A function that makes one more chunk of a stream in its steady state."""
-    scene = Scene(bare(dit).config, rows, columns, args.chunk, device)
-    chain = new_chain(dit, scene, args)
-    to_steady_state(chain, scene)
-    return lambda: scene.next(chain)
-
-
 def checked(x, what):
     if not torch.isfinite(x).all() or x.float().std() == 0:
         raise UserError(f"bench: {what} gave latents that are {'not finite' if x.isnan().any() or x.isinf().any() else 'constant'}: nothing to time")
@@ -126,6 +118,10 @@ class Decoder:
     def restart(self):
         self.vae.clear_cache()
         self.begun = False
+
+    def lay_out(self, memory_format):
+        for conv in (m for m in self.vae.modules() if isinstance(m, torch.nn.Conv3d)):
+            conv.weight.data = conv.weight.data.to(memory_format=memory_format)
 
     def __call__(self, z):
         """Latents (1, 16, F, H, W) -> video (1, 3, 4 F, 8 H, 8 W), 4 F - 3 frames for the first chunk."""
@@ -179,10 +175,10 @@ def decoding(args, dit, rows, columns, device) -> dict:
     z = to_steady_state(chain, scene)
     checked(decoder(z), "the VAE")
     result = {"vae_" + k: v for k, v in typical(measure(lambda: decoder(z), args.repeats, device)).items()} | small
-    decoder.vae.to(memory_format=torch.channels_last_3d)
+    decoder.lay_out(torch.channels_last_3d)
     result["vae_channels_last_ms_p50"] = median(lambda: decoder(z), args.repeats, device)
     if result["vae_channels_last_ms_p50"] > result["vae_ms_p50"]:
-        decoder.vae.to(memory_format=torch.contiguous_format)
+        decoder.lay_out(torch.contiguous_format)
     if device.type == "cuda":
         side = torch.cuda.Stream()
         decoder.restart()                                               # its cache lives on one stream only
@@ -215,6 +211,14 @@ def recomputing(args, dit, rows, columns, device) -> dict:
     audio = scene.randn(*scene.sound) if scene.sound else None
     step = lambda: dit(x, t, text=scene.text, image=scene.image, audio=audio, audio_mask=scene.mask, mask="sparse_causal")
     return {"ms_p50": args.steps * median(step, max(3, args.repeats // 4), device, warm=1)}
+
+
+def profiled(args, dit, rows, columns, device) -> dict[str, float]:
+    """Where the time of one more chunk in the steady state goes."""
+    scene = Scene(bare(dit).config, rows, columns, args.chunk, device)
+    chain = new_chain(dit, scene, args)
+    to_steady_state(chain, scene)
+    return clock.where_time_goes(lambda: scene.next(chain), device)
 
 
 # The command
@@ -260,6 +264,15 @@ def bench(args, device, save=lambda result: None) -> dict:
     kernel = result["attention_kernel"] = min(quick, key=quick.get)
     reference = compare(args, (), kernel, rows, columns, device)
 
+    def attempt(what, do):
+        """Out of memory, or no such kernel: the rest still counts."""
+        try:
+            do()
+        except (RuntimeError, UserError) as error:
+            result["missing"][what] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            print(f"{what:40s} {result['missing'][what]}", flush=True)
+        save(result)
+
     def run(label, switches):
         error = compare(args, switches, kernel, rows, columns, device, reference)
         if not error <= BOUNDS["fp8" if "fp8" in switches else "bf16" if args.dtype == "fp8" else args.dtype]:
@@ -269,25 +282,17 @@ def bench(args, device, save=lambda result: None) -> dict:
         result["runs"][label] = found
         print(f"{label:40s} {found['ms_p50']:9.2f} ms p50 {found['ms_p95']:9.2f} p95  {found['tflops']:8.4g} TFLOP/s  MFU {found['mfu']:.2f}  "
               f"{found['dit_fps']:6.1f} frames/s  error {error:.2g}", flush=True)
-        if not switches:
-            result["no_cache"] = recomputing(args, dit, rows, columns, device)
-        if switches == forms(args, device)[1]:
-            save(result)
-            result["vae"] = decoding(args, dit, rows, columns, device)
-            result["profile"] = clock.where_time_goes(steady(args, dit, rows, columns, device), device)
+        more = {"no_cache": recomputing} if not switches else {"vae": decoding, "profile": profiled} if switches == forms(args, device)[1] else {}
+        for name, measurement in more.items():
+            attempt(name, lambda: result.update({name: measurement(args, dit, rows, columns, device)}))
 
     for switches in forms(args, device):
         label, started = "+".join(switches) or "eager", time.monotonic()
         if started + longest - began > 60 * args.budget_minutes:
             result["missing"][label] = OVER
             continue
-        try:
-            run(label, switches)
-        except (RuntimeError, UserError) as error:                      # out of memory, no such kernel: the other forms still count
-            result["missing"][label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            print(f"{label:40s} {result['missing'][label]}", flush=True)
+        attempt(label, lambda: run(label, switches))
         longest = max(longest, time.monotonic() - started)
-        save(result)
     fast.use_attention("auto")
     return result
 

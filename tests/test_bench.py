@@ -55,6 +55,12 @@ def test_it_says_where_and_how(written):
     assert written["smoke 32 chunk 7 x 1 fp8 2 layers"]["machine"]["matmul_fp8_rowwise_tflops"] > 0
 
 
+def test_the_attentions_timed_are_those_counted():
+    c = plan.build("talkingmachines-18b").config
+    pairs = sum(batch * queries * keys for batch, queries, keys in bench.attentions(c, 3, 1024))
+    assert 4 * c.num_layers * c.dim * pairs == plan.total(plan.step_flops(c, 3, 1024), "products")
+
+
 def test_it_decodes_or_says_why_not(written, monkeypatch):
     pytest.importorskip("diffusers")
     vae = written["smoke 32 chunk 3 x 2 fp32 2 layers"]["vae"]

@@ -230,6 +230,12 @@ def forms(args, device) -> list[tuple[str, ...]]:
     return list(dict.fromkeys([(), on, tuple(s for s in on if s != "fp8"), *((s,) for s in on)]))
 
 
+def attentions(c, chunk, tokens) -> list[tuple[int, int, int]]:
+    """(batch, queries, keys) of a layer's attentions in the steady state: self, text, image, audio."""
+    L, sound = chunk * tokens, [(chunk, tokens, c.audio_tokens)] if c.audio_dim else []
+    return [(1, L, 3 * L), (1, L, plan.TEXT), *([(1, L, plan.IMAGE)] if c.image_dim else []), *sound]
+
+
 def name_of(device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
@@ -259,7 +265,7 @@ def bench(args, device, save=lambda result: None) -> dict:
               "machine": clock.ceilings(dtype, device, args.dtype == "fp8"),
               "tflop_per_chunk": counted / 1e12, "least_gb_per_chunk": args.steps * plan.step_bytes(c, count, args.chunk, tokens, dtype.itemsize) / 1e9,
               "parameters": count, "missing": {},
-              "attention_ms": clock.attention_kernels(c.num_attention_heads, c.attention_head_dim, args.chunk * tokens, 3 * args.chunk * tokens, dtype, device)}
+              "attention_ms": clock.attention_kernels(c.num_attention_heads, c.attention_head_dim, attentions(c, args.chunk, tokens), dtype, device)}
     quick = {k: ms for k, ms in result["attention_ms"].items() if not isinstance(ms, str)}
     kernel = result["attention_kernel"] = min(quick, key=quick.get)
     reference = compare(args, (), kernel, rows, columns, device)

@@ -52,14 +52,17 @@ def ceilings(dtype, device, fp8=False) -> dict:
     return found
 
 
-def attention_kernels(heads, head_dim, queries, keys, dtype, device) -> dict[str, float | str]:
-    """Milliseconds of one layer's attention, by kernel; a line of why for one that cannot run."""
-    found = {}
-    q, k, v = (torch.randn(1, heads, n, head_dim, device=device).to(dtype) for n in (queries, keys, keys))
+def attention_kernels(heads, head_dim, shapes, dtype, device) -> dict[str, float | str]:
+    """Milliseconds of one layer's attentions together, by kernel; a line of why for one that cannot do them all.
+
+    shapes: (batch, queries, keys) of self-attention and of every source of the cross-attention.
+    """
+    randn, found = lambda *shape: torch.randn(*shape, head_dim, device=device).to(dtype), {}
+    inputs = [(randn(batch, heads, q), randn(batch, heads, k), randn(batch, heads, k)) for batch, q, k in shapes]
     for kernel in fast.ATTENTIONS[:-1] if device.type == "cuda" else fast.ATTENTIONS:      # "math" would hold all scores
         fast.use_attention(kernel)
         try:
-            found[kernel] = median(lambda: att.attention(q, k, v), 20, device)
+            found[kernel] = median(lambda: [att.attention(*qkv) for qkv in inputs], 20, device)
         except RuntimeError as error:
             found[kernel] = str(error).splitlines()[0][:120]
     fast.use_attention("auto")

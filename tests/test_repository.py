@@ -33,11 +33,12 @@ ALLOWED = {
     "hub": "", "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub",
     "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "report": "metrics media figures", "readme": "figures report",
+    "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

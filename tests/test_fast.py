@@ -1,0 +1,178 @@
+"""fast: the same outputs as the eager model, in less time on a GPU; graphs are replayed here by a recorder that does what CUDA does."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.tiny import stir
+from tmlib import fast, flow, plan
+from tmlib.chain import Chain
+from tmlib.config import UserError
+from tmlib.dit import WanDiT
+
+SIZES = dict(text_dim=16, image_dim=16, audio_dim=16, audio_width=16, audio_hidden=32, freq_dim=32, ffn_dim=64, attention_head_dim=16)
+
+
+def make(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return stir(WanDiT.from_variant("smoke", **{**SIZES, **overrides})).eval().requires_grad_(False)
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def stream(dit, chunks=11, steps=2, texts=None, cache="per_step", change_at=7, chunk=3, sound=True):
+    """Latents (1, 16, 3 chunks, 4, 4) of a stream; the prompt changes at chunk `change_at`."""
+    texts, image, mask = [randn(1, 5, 16, seed=s) for s in (1, 2)], randn(1, 3, 16, seed=3), torch.rand(1, 3, 2, 2)[:, :1].expand(1, chunk, 2, 2) * 0 + 0.7
+    chain = Chain(dit, randn(1, 20, 21, 4, 4, seed=4), flow.timesteps(steps, 5.0), cache=cache)
+    out = []
+    for i in range(chunks):
+        out.append(chain.next(lambda step: randn(1, 16, chunk, 4, 4, seed=100 * i + step), text=texts[i >= change_at], image=image,
+                              audio=randn(1, chunk, 4, 16, seed=1000 + i) if sound else None, audio_mask=mask if sound else None).clone())
+    return torch.cat(out, 2)
+
+
+def error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return stream(make())
+
+
+def test_fused_qkv_gives_the_same_stream(eager):
+    fused = fast.fuse_qkv(make())
+    assert not any(".attn1.to_q." in name or ".attn1.to_v." in name for name, _ in fused.named_parameters())
+    assert error(stream(fused), eager) < 1e-5
+    x, t = randn(1, 36, 6, 4, 4, seed=1), torch.tensor([500.0])
+    with torch.no_grad():
+        assert error(fused(x, t, mask="sparse_causal"), make()(x, t, mask="sparse_causal")) < 1e-5
+    count = lambda dit: sum(p.numel() for p in dit.parameters())
+    assert count(fused) == count(make()) and not any(p.requires_grad for p in fused.parameters())
+
+
+def test_compiled_blocks_give_the_same_stream(eager):
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    assert error(stream(fast.compile_blocks(fast.fuse_qkv(make()), backend=graphs)), eager) < 1e-5
+    assert graphs.frame_count == 3                          # contexts of none, one and two chunks: one graph for all layers
+
+
+# FP8
+
+def test_quantised_rows_come_back_within_e4m3s_rounding():
+    x = randn(64, 128, seed=0) * torch.logspace(-6, 6, 64)[:, None]
+    x[3] = 0
+    q, scale = fast.quantise(x)
+    assert q.dtype == torch.float8_e4m3fn and scale.shape == (64, 1) and q.float().abs().max() == 448
+    back = q.float() * scale
+    assert (back - x).abs().le(x.abs() / 16 + scale / 512).all() and (back[3] == 0).all()     # three bits of mantissa; subnormals
+    huge, _ = fast.quantise(torch.full((1, 4), 3e4, dtype=torch.bfloat16))
+    assert huge.float().isfinite().all()
+
+
+def test_a_float8_linear_is_the_linear_of_its_rounded_operands():
+    linear = torch.nn.Linear(32, 48)
+    x = randn(2, 5, 32, seed=1)
+    y = fast.Float8Linear(linear)(x)
+    (a, scale_a), (b, scale_b) = fast.quantise(x.flatten(0, 1)), fast.quantise(linear.weight.detach())
+    exact = ((a.double() * scale_a) @ (b.double() * scale_b).T + linear.bias.double()).detach()
+    assert y.shape == (2, 5, 48) and error(y.flatten(0, 1).double(), exact) < 1e-6
+    assert 1e-3 < error(y, linear(x).detach()) < 0.06
+
+
+def test_the_scaled_product_fits_the_kernel():
+    """Shapes, strides and precisions as torch checks them for CUDA, on fake tensors: no GPU is needed to be wrong there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 24, 64, device="cuda", dtype=torch.bfloat16), torch.empty(48, 64, device="cuda")
+        (a, scale_a), (b, scale_b) = fast.quantise(x.flatten(0, -2)), fast.quantise(weight)
+        out = fast.scaled_product(a, b, scale_a, scale_b.T.contiguous(), torch.empty(48, device="cuda"), x.dtype)
+        assert out.is_cuda and out.shape == (48, 48) and out.dtype == torch.bfloat16
+        with pytest.raises((RuntimeError, AssertionError)):
+            fast.scaled_product(a, b, scale_a.T, scale_b.T.contiguous(), torch.empty(48, device="cuda"), x.dtype)
+
+
+def test_fp8_streams_with_a_bounded_error(eager):
+    dit = fast.to_fp8(fast.fuse_qkv(make()))
+    kinds = {name: type(m).__name__ for name, m in dit.blocks[0].named_modules()}
+    assert kinds["attn1.to_qkv"] == kinds["attn2.to_q"] == kinds["ffn.net.2"] == kinds["ffn.net.0.proj"] == "Float8Linear"
+    assert kinds["attn2.to_k"] == kinds["attn2.audio_out"] == kinds["attn2.audio_k"] == kinds["attn2.add_v_proj"] == "Linear"
+    out = stream(dit)
+    assert out.isfinite().all() and 1e-4 < error(out, eager) < 0.1
+    assert fast.fp8_layers(make(ffn_dim=50).blocks[0]) == fast.fp8_layers(make().blocks[0])[:-2]      # sides of 50 do not fit the kernel
+
+
+def test_the_plan_knows_what_fp8_weighs():
+    dit = fast.to_fp8(make().bfloat16())
+    tensors = [x for x in (*dit.parameters(), *dit.buffers())]
+    scales = sum(x.nbytes for name, x in dit.named_buffers() if name.endswith("scale"))
+    assert plan.streaming_memory(plan.build("smoke", **SIZES), 3, 4, 2, 1)["weights"] == sum(x.nbytes for x in tensors) - scales
+
+
+# Graphs
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: notes every operation and its memory, and repeats them there, without any Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Recording changes no buffer: the caches must still hold the past when the recording is replayed.
+        out = args[0] if func._schema.is_mutable else func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not views:                                       # a view follows its memory by itself
+            self.ops.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.ops:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+def record(run, pool):
+    """Like `fast.cuda_graph`: recording leaves no result, neither in the output nor in the caches."""
+    with Tape() as tape:
+        out = run()
+    for func, _, _, made in tape.ops:
+        if not func._schema.is_mutable:
+            [x.fill_(float("nan")) for x in tree_leaves(made) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return out, tape.replay, pool
+
+
+@pytest.mark.parametrize("how", [{}, dict(steps=1), dict(steps=4, chunks=10), dict(cache="clean_pass"), dict(cache="next_step"), dict(sound=False)])
+def test_replayed_passes_give_the_same_stream(how):
+    """14 chunks: 6 until positions are pinned, one more as it is, one recorded, the rest replayed; a new prompt at chunk 10 starts over."""
+    recorded = []
+
+    def counting(run, pool):
+        recorded.append(run)
+        return record(run, pool)
+    how = {"chunks": 14, "change_at": 10, **how}
+    assert torch.equal(stream(fast.Graphed(make(), counting), **how), stream(make(), **how))
+    passes = how.get("steps", 2) + (how.get("cache") == "clean_pass")
+    assert len(recorded) == passes * (1 if how["chunks"] == 10 else 2)
+
+
+def test_recordings_do_not_pile_up():
+    graphed = fast.Graphed(make(), record)
+    stream(graphed, chunks=14, change_at=10)
+    assert len(graphed.recordings) == 2
+
+
+def test_attention_kernels_are_chosen_by_name():
+    for name in (*fast.ATTENTIONS, "auto"):
+        fast.use_attention(name)
+        on = [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
+        assert on == [name in (k, "auto") for k in fast.ATTENTIONS]
+    with pytest.raises(UserError, match="'best' is unknown"):
+        fast.use_attention("best")

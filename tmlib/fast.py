@@ -1,0 +1,195 @@
+"""Faster forms of a WanDiT: functions that take the eager model and give back one with the same outputs.
+
+- `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`: elementwise work fused by torch.compile;
+  `to_fp8`: the large linears in e4m3, the only change whose outputs differ beyond rounding order;
+  `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `use_attention`: which fused attention kernel runs.
+- All but `Graphed`, a wrapper, change the model in place and return it: 18 B parameters do not fit a card twice.
+- Names of parameters change, so a fast model is for running, not for saving.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import attention as att
+from .config import UserError
+from .layers import SelfAttention
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max                  # 448
+# Linears of a block that take e4m3. Others stay: keys and values of text and image are made once per stream, those of the
+# sound are small and lips are the purpose; embedders, modulation and head are few FLOPs and sensitive (LongLive2 keeps them).
+FP8_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+              "ffn.net.0.proj", "ffn.net.2")
+ATTENTIONS = ("flash", "cudnn", "mem_efficient", "math")
+
+
+# One product for queries, keys and values
+
+class FusedSelfAttention(nn.Module):
+    """`layers.SelfAttention` with to_q, to_k and to_v as one: x is read once, and a wide product fills the chip better."""
+
+    def __init__(self, plain: SelfAttention):
+        super().__init__()
+        parts = plain.to_q, plain.to_k, plain.to_v
+        with torch.device("meta"):
+            self.to_qkv = nn.Linear(plain.to_q.in_features, sum(p.out_features for p in parts))
+        for name in ("weight", "bias"):
+            joined = torch.cat([getattr(p, name).detach() for p in parts])
+            setattr(self.to_qkv, name, nn.Parameter(joined, requires_grad=plain.to_q.weight.requires_grad))
+        self.heads, self.to_out, self.norm_q, self.norm_k = plain.heads, plain.to_out, plain.norm_q, plain.norm_k
+
+    split = SelfAttention.split
+
+    def forward(self, x, ctx, past=None):
+        """As `layers.SelfAttention.forward`."""
+        B, frames, S, D = x.shape
+        q, k, v = self.to_qkv(x.flatten(1, 2)).chunk(3, dim=-1)                          # (B, L, D) each
+        q = att.apply_rope(self.split(self.norm_q(q)), ctx.rope_q)                       # (B, N, L, Dh)
+        k, v = self.split(self.norm_k(k)), self.split(v)
+        if past is None:
+            o = att.masked_attention(q, att.apply_rope(k, ctx.rope_k), v, ctx.mask, frames, ctx.chunk)
+        else:
+            k_all, v_all = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+            o = att.attention(q, att.apply_rope(k_all, ctx.rope_k), v_all)
+        return self.to_out[0](o.transpose(1, 2).reshape(B, frames, S, D)), k, v
+
+
+def fuse_qkv(dit):
+    """Block by block, so that never more than one block's weights exist twice."""
+    for block in dit.blocks:
+        block.attn1 = FusedSelfAttention(block.attn1)
+    return dit
+
+
+# Compilation and attention kernels
+
+def compile_blocks(dit, **how):
+    """torch.compile of the block, once for all: its layers share the graph. Contexts of 0, 1 and 2 chunks make three graphs."""
+    for block in dit.blocks:
+        block.compile(**{"fullgraph": True, "dynamic": False, **how})
+    return dit
+
+
+def use_attention(name: str) -> None:
+    """Let scaled dot-product attention choose this kernel only ("auto": any). Before compilation, which settles the choice."""
+    if name not in (*ATTENTIONS, "auto"):
+        raise UserError(f"attention kernel {name!r} is unknown; choose one of auto, {', '.join(ATTENTIONS)}")
+    for kernel in ATTENTIONS:
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(name in (kernel, "auto"))
+
+
+# FP8
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (..., D) in e4m3, each scaled so that its largest entry is 448, and the scales (..., 1) that undo it."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
+class Float8Linear(nn.Module):
+    """x W^T + b with operands in e4m3: one scale per token, found on the fly, and one per output channel."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, scale = quantise(linear.weight.detach())
+        self.register_buffer("weight", weight)                                           # (out, in)
+        self.register_buffer("scale", scale.T.contiguous())                              # (1, out)
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x):
+        rows, scale = quantise(x.flatten(0, -2))                                         # (L, in), (L, 1)
+        return scaled_product(rows, self.weight, scale, self.scale, self.bias, x.dtype).unflatten(0, x.shape[:-1])
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor, dtype) -> Tensor:
+    """(a scale_a) (b scale_b^T)^T + bias for a (L, in), b (out, in) in e4m3. Elsewhere than on CUDA the same sums in float32."""
+    if a.is_cuda:
+        bfloat = torch.bfloat16                             # what row-wise scaling gives back, whatever the model computes in
+        return torch._scaled_mm(a, b.t(), scale_a, scale_b, bias.to(bfloat), out_dtype=bfloat, use_fast_accum=True).to(dtype)
+    return ((a.float() @ b.float().T) * scale_a * scale_b + bias.float()).to(dtype)
+
+
+def fp8_layers(block: nn.Module) -> list[str]:
+    """Linears of a block that `to_fp8` replaces: those of FP8_LAYERS whose sides are multiples of 16, as the kernel wants them."""
+    return [name for name, m in block.named_modules() if name in FP8_LAYERS and not (m.in_features % 16 or m.out_features % 16)]
+
+
+def to_fp8(dit):
+    """Large linears of the blocks in e4m3; the rest keeps its precision."""
+    for block in dit.blocks:
+        for name in fp8_layers(block):
+            block.set_submodule(name, Float8Linear(block.get_submodule(name)))
+    return dit
+
+
+# CUDA graphs
+
+def cuda_graph(run, pool):
+    """Record run() without executing it: (its static output, replay, the memory pool); pool: of an earlier recording, or None."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = run()
+    return out, graph.replay, graph.pool()
+
+
+class Recording(NamedTuple):
+    fixed: tuple                                            # what it depends on, compared by identity
+    out: Tensor | None = None
+    replay: Callable | None = None                          # None: not recorded yet, run once as it is
+    held: tuple = ()                                        # results in the recordings' memory that others read
+
+
+class Graphed:
+    """A WanDiT for one stream whose steady-state passes are single launches.
+
+    Once positions are pinned at the window's end, a denoising step does the same on the same buffers for ever: it is run
+    once more as it is, then recorded, then replayed. What stays fixed in a recording is known by identity, as in
+    `KVCache.remember`: cache, time, text, image tokens, face mask; with a new one it is recorded anew. The chunk's sound is
+    embedded in the recording of the first step, from whose memory the other steps read its keys and values. The result of a
+    step is overwritten by the same step of the next chunk. record: see `cuda_graph`.
+    """
+
+    def __init__(self, dit, record=cuda_graph):
+        self.module, self.record = dit, record
+        self.forget()
+
+    def forget(self):
+        """Free recordings, and with them the caches they write to: before another stream begins."""
+        self.shapes = self.x = self.sound = self.heard = self.alias = self.pool = None
+        self.recordings: dict[tuple, Recording] = {}
+
+    def __call__(self, x, t, *, cache=None, audio=None, **given):
+        if cache is None or cache.filled < 2 or cache.filled * cache.chunk < cache.window - cache.chunk:
+            return self.module(x, t, cache=cache, audio=audio, **given)
+        self.take(x, audio)
+        key, fixed = (id(cache), id(cache.writes_to), id(t)), (cache, t, *given.values())
+        known = self.recordings.get(key)
+        if known is None or len(known.fixed) != len(fixed) or any(a is not b for a, b in zip(known.fixed, fixed)):
+            self.recordings[key] = Recording(fixed)                                     # kernels load and tables fill in a first run
+            return self.module(x, t, cache=cache, audio=audio, **given)
+        if known.replay is None:
+            pool = self.pool if any(r.replay for r in self.recordings.values()) else None   # one whose graphs are gone cannot be used again
+            run = lambda: self.module(self.x, t, cache=cache, audio=self.alias, **given)
+            out, replay, self.pool = self.record(run, pool)
+            known = self.recordings[key] = Recording(fixed, out, replay, tuple(entries[-1] for entries in cache.memo.values()))
+        else:
+            cache.advance()                                                             # recording did this itself
+        known.replay()
+        return known.out
+
+    def take(self, x, audio):
+        """Copy the inputs to where recordings read them; other shapes start anew."""
+        shapes = x.shape, audio is not None and audio.shape
+        if shapes != self.shapes:
+            self.shapes, self.recordings = shapes, {}
+            self.x, self.sound, self.heard = torch.empty_like(x), None if audio is None else torch.empty_like(audio), None
+        self.x.copy_(x)
+        if audio is not self.heard:
+            self.heard = audio
+            self.sound.copy_(audio)
+            # An object that no memo has met: a recording made now embeds the sound, those of the chunk's later steps find it done.
+            self.alias = self.sound.view_as(self.sound)

@@ -1,4 +1,4 @@
-"""plan: FLOPs are those that torch counts, bytes those of real tensors, and PAPER.md's numbers come out of the configuration."""
+"""plan: FLOPs are those that torch counts, bytes those of real tensors, and known estimates come out of the configuration."""
 
 import pytest
 import torch
@@ -205,12 +205,12 @@ def test_streaming_memory_is_that_of_real_tensors():
     assert plan.step_bytes(c, 100, 3, 6) == 200 + cache.k.nbytes // 2 * 3               # at two bytes: read k and v, write one slot of two
 
 
-# PAPER.md
+# Known estimates
 
-def test_what_a_chunk_costs_is_what_paper_md_says():
+def test_what_a_chunk_costs():
     silent = plan.build("talkingmachines-18b", audio_dim=None).config
     three, seven = plan.paper_rows(silent, 1024, 3).values()
-    assert [round(x, n) for x, n in zip(three, (0, 0, 0, 2, 2, 0, 0))] == [99, 73, 25, 0.38, 0.77, 31, 16]      # it says 26 = 99 - 73: rounded twice
+    assert [round(x, n) for x, n in zip(three, (0, 0, 0, 2, 2, 0, 0))] == [99, 73, 25, 0.38, 0.77, 31, 16]
     assert [round(x, n) for x, n in zip(seven, (0, 0, 0, 2, 2, 0, 0))] == [278, 171, 107, 1.08, 2.17, 26, 13]
 
 
@@ -219,7 +219,7 @@ def test_what_a_chunk_costs_is_what_paper_md_says():
 def test_the_command_prints_its_tables(capsys):
     assert plan.main(["smoke", "--gpus", "2", "--size", "64x96", "--dtype", "fp8"]) == 0
     printed = capsys.readouterr().out
-    assert all(title in printed for title in ("Parameters", "GB on each of 2 GPUs", "Streaming memory", "PFLOP of one training step", "PAPER.md counts"))
+    assert all(title in printed for title in ("Parameters", "GB on each of 2 GPUs", "Streaming memory", "PFLOP of one training step", "estimated without sound"))
     assert "24 tokens per latent frame" in printed
     rows = [line for line in printed.splitlines() if "3 latent = 12 frames" in line]
     assert len(rows) == 2 and len({len(row) for row in rows}) == 1

@@ -24,7 +24,7 @@ from .layers import Block, Context
 TEXT, IMAGE = 512, 257                            # tokens of UMT5 and CLIP in Wan2.1
 STRIDE, FPS = 4, 16                               # video frames per latent frame, per second
 WIDTHS = {"fp32": 4, "bf16": 2, "fp8": 1}         # bytes per element
-RATE = 790e12 * 0.65                              # PAPER.md's last table: an H200's dense bf16 at 65 % utilisation
+RATE = 790e12 * 0.65                              # assumed: an H200's dense bf16 at 65 % utilisation
 NO_INPUT_GRADIENT = ("patch", "time in", "text in")              # first on their path: backward makes a weight gradient only
 KNOWN = frozenset({"time", "text", "image"})      # what a stream remembers for ever; audio from a chunk's second step on
 
@@ -90,7 +90,7 @@ def sequence_flops(c, frames, tokens, mask="bidirectional", **given) -> dict[str
 def step_flops(c, chunk, tokens, *, reference=None, known=KNOWN | {"audio"}, **given) -> dict[str, int]:
     """One denoising step of a streamed chunk in its steady state: it sees chunk 0, the previous chunk and itself.
 
-    reference: latent frames of chunk 0; None: `chunk`, as `chain.Chain` has it (PAPER.md's table takes 3 for both sizes).
+    reference: latent frames of chunk 0; None: `chunk`, as `chain.Chain` has it (the usual estimate takes 3 for both sizes).
     """
     seen = (chunk if reference is None else reference) + 2 * chunk
     return flops(c, chunk, tokens, chunk * tokens * seen * tokens, known=known, **given)
@@ -240,7 +240,7 @@ def show(title: str, rows: dict[str, list | str | float], head: list[str] = ()) 
 
 
 def paper_rows(c, tokens, reference=None, rate=RATE) -> dict[str, list]:
-    """PAPER.md's last table from a configuration: per chunk size TFLOP per step (linear, products), then time and rate at 2, 4 steps."""
+    """What a chunk costs, from a configuration: per chunk size TFLOP per step (linear, products), then time and rate at 2, 4 steps."""
     rows = {}
     for chunk in (3, 7):
         step = step_flops(c, chunk, tokens, reference=reference)
@@ -286,7 +286,7 @@ def report(args) -> None:
 
     head = ["TFLOP/step", "linear", "products", "s, 2 steps", "s, 4 steps", "frames/s, 2", "frames/s, 4"]
     silent = build(args.variant, audio_dim=None).config
-    show(f"What a chunk costs at {RATE / 1e12:.0f} TFLOP/s (assumed), as PAPER.md counts: no audio, chunk 0 of 3 frames", paper_rows(silent, S, 3), head)
+    show(f"What a chunk costs at {RATE / 1e12:.0f} TFLOP/s (assumed), estimated without sound: no audio, chunk 0 of 3 frames", paper_rows(silent, S, 3), head)
     show("The same, as this code streams: with its audio path, chunk 0 as large as the others", paper_rows(c, S), head)
 
 

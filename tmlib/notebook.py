@@ -130,6 +130,7 @@ def _execute(source: Path, partial: Path, injected: dict) -> None:
             papermill.execute_notebook(
                 source, partial, injected, kernel_name="python3", language="python", progress_bar=False, cwd=config.ROOT,
                 stdout_file=sys.stdout, stderr_file=sys.stderr, config=transport,
+                extra_arguments=["--IPKernelApp.log_level=50"],         # a kernel stopped after a failure says goodbye in an ERROR line
             )
         except BaseException as error:                          # also what the kernel manager raises while it is being killed
             outcome.append(error)

@@ -3,7 +3,8 @@
 What is special
 - Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
   latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
-- Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing.
+- Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing. It draws a group
+  from its own latent and the one before: what moved from one to the other goes on moving inside the group, so groups join smoothly.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
 - `decode` and `encode` speak *normalised* latents: zero mean in each channel, unit variance over all of them together. To give every
@@ -44,7 +45,7 @@ class VAEConfig:
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that sees now and the past; the past is zeros or the cache's last `kernel_t - 1` inputs."""
+    """Convolution that sees now and the past: the cache's last `kernel_t - 1` inputs, or the first input, as if it had always been."""
 
     def __init__(self, c_in: int, c_out: int, kernel_t: int = 1, kernel: int = 3):
         super().__init__(c_in, c_out, (kernel_t, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
@@ -61,7 +62,7 @@ class Past:
         self.old, self.new = (iter(old) if old is not None else None), []
 
     def extend(self, x: Tensor, n: int) -> Tensor:
-        head = next(self.old) if self.old is not None else x.new_zeros(*x.shape[:2], n, *x.shape[3:])
+        head = next(self.old) if self.old is not None else x[:, :, :1].expand(-1, -1, n, -1, -1)
         x = torch.cat([head, x], dim=2)                                       # (B, C, n + F, H, W)
         self.new.append(x[:, :, -n:])
         return x
@@ -119,6 +120,15 @@ def components(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return vectors * (values > 1e-9), values.clamp_min(1e-6).sqrt()           # a direction without content listens to nothing
 
 
+def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (a, b) and bias (b,) that predict y (n, b) from x (n, a) best; directions without content get no weight."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x = x - mean_x
+    gram = x.T @ x / len(x)
+    weight = torch.linalg.solve(gram + 1e-6 * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram), x.T @ (y - mean_y) / len(x))
+    return weight, mean_y - mean_x @ weight
+
+
 def space_to_depth(x: Tensor) -> Tensor:
     return rearrange(x, "B C F (H p) (W q) -> B (C p q) F H W", p=2, q=2)
 
@@ -142,14 +152,14 @@ def from_groups(x: Tensor, patch: int) -> Tensor:
 
 
 class VideoVAE(nn.Module):
-    """The miniature's codec; `tmlib.vae` gives full-size Wan weights the same methods."""
+    """The miniature's codec; `wan_vae.WanVAE` gives full-size Wan weights the same methods."""
 
     def __init__(self, cfg: VAEConfig = VAEConfig()):
         super().__init__()
         self.cfg = cfg
         group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
         self.analysis = nn.Conv3d(768, cfg.z_dim, 1)                          # the linear codec under the networks:
-        self.synthesis = nn.Conv3d(cfg.z_dim, 768, 1)                         # principal components of 4 x 8 x 8 pixels
+        self.synthesis = CausalConv3d(cfg.z_dim, 768, kernel_t=2, kernel=1)   # principal components of 4 x 8 x 8 pixels
         self.encoder = Net(group, tuple(cfg.encoder), 2 * cfg.z_dim, cfg, up=False)
         self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
         for net in (self.encoder, self.decoder):                              # the networks begin as nothing at all
@@ -165,7 +175,7 @@ class VideoVAE(nn.Module):
 
     def synthesise(self, z: Tensor, past: Past) -> Tensor:
         """Unnormalised latents (B, 16, F, h, w) -> video (B, 3, 4F, 8h, 8w)."""
-        return from_groups(self.synthesis(z), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
+        return from_groups(self.synthesis(z, past), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mean."""
@@ -187,15 +197,18 @@ class VideoVAE(nn.Module):
         Principal components of a group's mean picture, and separately of what moves inside the group: one PCA for both would
         spend every channel on the standing picture, and the lips would move at 4 frames per second.
         """
-        x = rearrange(to_groups(video, 8).double(), "B (C t s) F h w -> (B F h w) C t s", t=4, s=64)
+        groups = to_groups(video, 8)
+        x = rearrange(groups.double(), "B (C t s) F h w -> (B F h w) C t s", t=4, s=64)
         still, moving = x.mean(2, keepdim=True).expand_as(x), x - x.mean(2, keepdim=True)
         n = self.cfg.moving
         (top, scale), (top_m, scale_m) = components(still, self.cfg.z_dim - n), components(moving, n)
         centre, top, scale = x.mean(0).flatten(), torch.cat([top, top_m], 1), torch.cat([scale, scale_m])
-        set_ = lambda conv, w, b: (conv.weight.copy_(w.view_as(conv.weight)), conv.bias.copy_(b))
         scale = scale.sqrt()                                                  # half-whitened: strong components stay strong
-        set_(self.analysis, (top / scale).T, -(centre @ top) / scale)
-        set_(self.synthesis, top * scale, centre)
+        self.analysis.weight.copy_((top / scale).T.view_as(self.analysis.weight)), self.analysis.bias.copy_(-(centre @ top) / scale)
+        z = Past(None).extend(self.analysis(groups), 1)                       # (B, 16, 1 + F, h, w)
+        known = rearrange([z[:, :, :-1], z[:, :, 1:]], "k B D F h w -> (B F h w) (D k)").double()
+        weight, bias = least_squares(known, x.flatten(1))                     # the best drawing from these latents
+        self.synthesis.weight.copy_(weight.T.view_as(self.synthesis.weight)), self.synthesis.bias.copy_(bias)
 
     @torch.no_grad()
     def set_statistics(self, latents: Tensor) -> None:

@@ -4,7 +4,7 @@ What is special
 - Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
   latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
 - Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing. It draws a group
-  from its own latent and the one before: what moved from one to the other goes on moving inside the group, so groups join smoothly.
+  from its own latent and the one before, as does the decoder's last layer: what moved goes on moving, so groups join smoothly.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
 - `decode` and `encode` speak *normalised* latents: zero mean in each channel, unit variance over all of them together. To give every
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
-MOTION = 0.5                                     # weight of frame differences: a codec that flickers makes every stream flicker
+MOTION = 4.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
+JOINS = 6.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
 LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 
 
@@ -101,7 +102,7 @@ class Net(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, kernel_t))
         self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
                                    for a, b in zip(steps, steps[1:]))
-        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out)
+        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out, 2 if up else 1)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         x = self.inp(x, past)
@@ -125,7 +126,8 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     mean_x, mean_y = x.mean(0), y.mean(0)
     x = x - mean_x
     gram = x.T @ x / len(x)
-    weight = torch.linalg.solve(gram + 1e-6 * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram), x.T @ (y - mean_y) / len(x))
+    ridge = (1e-8 * gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram)).to(gram)
+    weight = torch.linalg.solve(gram + ridge, x.T @ (y - mean_y) / len(x))
     return weight, mean_y - mean_x @ weight
 
 
@@ -217,14 +219,18 @@ class VideoVAE(nn.Module):
         self.std.fill_((latents - self.mean).std())
 
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
-        """Weighted L1 of frames and of their differences in time and space, plus KL; weight (B, 1, T, H, W)."""
+        """Weighted L1 of frames and of their differences in space, squared differences in time, and KL; weight (B, 1, T, H, W).
+
+        In time the square: a sway of half a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still.
+        """
         mean, logvar = self.posterior(video)
         z = mean + noise * torch.exp(0.5 * logvar)
         out = self.synthesise(z, Past(None))[:, :, 3:]
         l1 = lambda a, b, w: ((a - b).abs() * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
         edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
-        motion = l1(d(out, 2), d(video, 2), weight[:, :, 1:])
+        joins = torch.ones(video.shape[2] - 1).index_fill_(0, torch.arange(0, video.shape[2] - 1, 4), JOINS).to(video)
+        motion = ((d(out, 2) - d(video, 2)).square() * weight[:, :, 1:] * joins[:, None, None]).mean()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel = l1(out, video, weight)
         return {"loss": pixel + 0.5 * edges + MOTION * motion + kl * divergence, "l1": pixel, "motion": motion, "kl": divergence}

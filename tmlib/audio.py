@@ -94,6 +94,11 @@ class SpeechEncoder(nn.Module):
         """Sound that must be known after the end of a latent frame's last video frame."""
         return int(self.cfg.context * RATE / self.cfg.fps) + (self.reach + 1) * HOP
 
+    @property
+    def history_samples(self) -> int:
+        """Sound that must be kept before a latent frame's first video frame."""
+        return int(self.cfg.context * RATE / self.cfg.fps) + (self.reach + 2) * HOP
+
     def times(self, first: int, n: int) -> Tensor:
         """When each token listens, in seconds: (n, tokens); before the clip begins, its first moment repeats."""
         c = self.cfg

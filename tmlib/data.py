@@ -182,6 +182,12 @@ class Clips:
         """Indices of the clips whose meta agrees: `clips.where(kind="speaking", style="flat")`."""
         return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
 
+    def examples(self) -> list[int]:
+        """A speaking clip of each style to look at; of clips without styles, as real ones are, the first that speak."""
+        first = [self.where(style=style, kind="speaking")[:1] for style in STYLES]
+        found = np.concatenate(first if all(map(len, first)) else [self.where(kind="speaking")[:len(STYLES)]])
+        return found.tolist()
+
 
 def to_float(frames) -> Tensor:
     """uint8 (..., T, H, W, 3) -> float32 (..., 3, T, H, W) in [-1, 1]."""

@@ -8,6 +8,7 @@ What is special
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from dataclasses import asdict, dataclass
@@ -132,26 +133,32 @@ def babble(rng, frames: int) -> np.ndarray:
 
 
 def write_split(folder: Path, name: str, todo: list[Spec], workers: int) -> dict:
-    """Renders `todo` into `folder/name/`: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz, clips.json."""
-    progress = Progress(len(todo), f"clips {name}")
-    s = todo[0]
+    """Renders `todo` into `folder/name/`, see `save_split`."""
+    with ProcessPoolExecutor(workers) as pool:
+        made = pool.map(make_clip, todo, chunksize=4)
+        return save_split(folder, name, len(todo), ((clip, asdict(spec)) for clip, spec in zip(made, todo)))
+
+
+def save_split(folder: Path, name: str, n: int, made: Iterable[tuple[Clip, dict]]) -> dict:
+    """Writes n clips, each with what it is made from: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz,
+    clips.json. One clip's frames are in memory at a time. Returns how much it is."""
+    progress = Progress(n, f"clips {name}")
     with atomic(Path(folder) / name) as tmp:
         tmp.mkdir()
-        frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (len(todo), s.frames, s.size, s.size, 3))
-        rest = {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}
-        meta = []
-        with ProcessPoolExecutor(workers) as pool:
-            for i, clip in enumerate(pool.map(make_clip, todo, chunksize=4)):
-                frames[i] = clip.frames
-                for k, v in rest.items():
-                    v.append(getattr(clip, k))
-                meta.append({**asdict(todo[i]), "voice": clip.voice, "phones": clip.phones})
-                progress.step()
+        frames, rest, meta = None, {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}, []
+        for i, (clip, source) in enumerate(made):
+            if frames is None:
+                frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (n, *clip.frames.shape))
+            frames[i] = clip.frames
+            for k, v in rest.items():
+                v.append(getattr(clip, k))
+            meta.append({**source, "voice": clip.voice, "phones": clip.phones})
+            progress.step()
         frames.flush()
         np.save(tmp / "wave.npy", (np.clip(np.stack(rest.pop("wave")), -1, 1) * 32767).astype(np.int16))
         np.savez(tmp / "truth.npz", **{k: np.stack(v) for k, v in rest.items()})
         (tmp / "clips.json").write_text(json.dumps(meta))
-    return {"clips": len(todo), "seconds": len(todo) * s.frames / s.fps,
+    return {"clips": n, "seconds": sum(len(s) / m["fps"] for s, m in zip(rest["speaking"], meta)),
             "silence_fraction": round(1 - float(np.mean(np.stack(rest["speaking"]))), 4)}
 
 

@@ -27,7 +27,8 @@ ALLOWED = {
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow layers weights", "vae": "attention weights", "audio": "attention weights",
     "losses": "flow", "readers": "attention weights", "data": "speech avatar", "latents": "data vae", "muon": "",
-    "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
+    "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
+    "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "hub": "", "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub",
@@ -38,7 +39,7 @@ ALLOWED = {
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "clock", "plan", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

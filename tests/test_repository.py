@@ -32,10 +32,11 @@ ALLOWED = {
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "hub": "", "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub",
-    "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
+    "latency": "chain dit flow attention figures metrics placement plan sound stream", "capacity": "", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "report": "metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers",
 }
+ALLOWED["soak"] = "latency placement sound"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.

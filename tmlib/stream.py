@@ -41,13 +41,15 @@ class Streamer:
     dit, vae, audio_encoder: see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens, lookahead_samples).
     Memory and time per chunk do not grow. steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise,
     context_noise, first_ts: see `Chain`.
-    placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: the second GPU if there is
-    one, else the CPU). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
+    placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
+    one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
     of the K/V caches: cheap for a miniature, gigabytes a chunk at full size). blocking: two_process without overlap of transfers.
+    worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=8, vae_device=None, depth=1, resumable=False, blocking=False, **chain):
+                 timesteps=None, seed=0, window=21, history_s=8, vae_device=None, depth=1, resumable=False, blocking=False,
+                 worker=None, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
@@ -55,8 +57,8 @@ class Streamer:
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
         self.history = int(history_s * RATE) + resumable * (2 * depth + 3) * self.chunk * STRIDE * FRAME
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
-        self.text = self.listening = self.image = self.take = self.worker = None
-        self.vae_device = vae_device or ("cuda:1" if torch.cuda.device_count() > 1 else "cpu")
+        self.text, self.listening, self.image, self.take, self.worker = None, None, None, None, worker
+        self.vae_device = vae_device or another(dit.device)
         if placement == "two_device" and hasattr(vae, "to"):
             vae.to(self.vae_device)
         if placement == "two_process":
@@ -203,6 +205,12 @@ class Streamer:
         tokens = self.audio_encoder.tokens(sound.wave, first, self.chunk, sound.start - take.offset)     # (chunk, tokens, D)
         sound.forget(end)
         return tokens[None].to(self.dit.device), self.listening if listen else self.text, listen
+
+
+def another(device):
+    """Another GPU than this one, or the same device where there is no other."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    return torch.device("cuda", ((device.index or 0) + 1) % gpus) if gpus > 1 else device
 
 
 def caches_of(chain):

@@ -30,7 +30,7 @@ import torch.multiprocessing
 from .config import UserError
 from .placement import ahead, decoded, mark, ready, received
 
-JOIN_S, SETTLE_S = 120, 10                      # for the processes to meet on a busy machine; to finish what nobody takes
+JOIN_S, SETTLE_S = 600, 10                      # for the processes to meet on a busy machine; to finish what nobody takes
 
 
 class Decoder:

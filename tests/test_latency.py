@@ -109,7 +109,7 @@ def test_twins_of_the_student_agree_and_one_of_them_is_diffusers():
     dit = make_dit(audio_tokens=4, prior_std=((0.5, 0.2), (0.3, 0.4)), condition="repeat")
     ours, theirs = latency.silent_twins(dit)
     g = torch.Generator().manual_seed(0)
-    x, t, text, image = (torch.randn(*s, generator=g) for s in ((1, 36, 6, 4, 4), (1,), (1, 3, 10), (1, 3, 12)))
+    x, t, text, image = (torch.randn(*s, generator=g) for s in ((1, 36, 6, 4, 4), (1,), (1, 512, 10), (1, 3, 12)))
     a, b = ours(x, 500 + t, text=text, image=image), theirs(x, 500 + t, text, image, return_dict=False)[0]
     assert torch.allclose(a, b, atol=1e-4) and a.std() > 0.01
     seconds = latency.against_diffusers(dit, 4, 3, 3)

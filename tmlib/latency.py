@@ -191,11 +191,14 @@ def silent_twins(dit: WanDiT):
 
 
 def against_diffusers(dit: WanDiT, side: int, chunk: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of `steps` denoising steps: "cached", one chunk from its K/V cache; "window", diffusers computing all its frames anew."""
+    """Seconds of `steps` denoising steps: "cached", one chunk from its K/V cache; "window", diffusers computing all its frames anew.
+
+    The prompt is 512 tokens long: diffusers counts on that when it tells words from picture.
+    """
     ours, theirs = silent_twins(dit)
     c, g = dit.config, torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=g).to(dit.device)
-    text, image, t = randn(1, 3, c.text_dim), randn(1, 17, c.image_dim), torch.full((1,), 900.0, device=dit.device)
+    text, image, t = randn(1, plan.TEXT, c.text_dim), randn(1, 17, c.image_dim), torch.full((1,), 900.0, device=dit.device)
     window, cache = randn(1, c.in_channels, attention.WINDOW, side, side), ours.new_cache(1, side, side, chunk=chunk)
     x = window[:, :, :chunk].contiguous()
     ways = {"cached": lambda: ours(x, t, text=text, image=image, cache=cache), "window": lambda: theirs(window, t, text, image)}

@@ -41,7 +41,7 @@ class Decoder:
         self.folder = tempfile.TemporaryDirectory(prefix="tmlib_")
         context = torch.multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.group, self.tag, self.sending, self.failed = None, 0, {}, False
+        self.group, self.tag, self.sending, self.failed, self.asking = None, 0, {}, False, threading.Lock()
         how = (theirs, self.folder.name, torch.device(device), self.nccl, torch.get_num_threads())
         try:
             self.process = context.Process(target=serve, args=(vae, *how), daemon=True)
@@ -151,8 +151,9 @@ class Decoder:
 
     def ended(self) -> UserError:
         self.failed = True
-        self.process.join(0.5)
-        code = self.process.exitcode
+        with self.asking:                                    # both threads may notice; only one can be told how a child ended
+            self.process.join(0.5)
+            code = self.process.exitcode
         how = "does not answer" if code is None else f"was killed (signal {-code})" if code < 0 else f"ended (status {code})"
         script = "; a script needs `if __name__ == \"__main__\":` around what it starts" if code == 1 and self.group is None else ""
         return UserError(f"the decoder's process {how}{script}; all frames delivered before are valid, and `resume` goes on from there")

@@ -56,7 +56,7 @@ def test_forgetting_changes_no_number():
 def run(times, **stages):
     """Chunks delivered at `times`, from 10.0 on; each stage took so many seconds, ending at the delivery."""
     began = [10.0, *times[:-1]]
-    return [Chunk(i, 0, i == 0, False, None, marks={"out": (b, t), **{s: (t - d, t) for s, d in stages.items()}})
+    return [Chunk(i, 0, i == 0, marks={"out": (b, t), **{s: (t - d, t) for s, d in stages.items()}})
             for i, (b, t) in enumerate(zip(began, times))]
 
 

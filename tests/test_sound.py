@@ -129,6 +129,8 @@ def test_a_live_stream_speaks_listens_and_speaks_again():
             sound.close()
     assert [c.listening for c in chunks[:5]] == [False, False, False, True, False]
     heard = np.concatenate([WAVE[:21_700], np.zeros(24_000, np.float32), WAVE[21_700:]])       # what the clock allowed for
+    spoken = np.concatenate([c.wave for c in chunks])
+    assert np.array_equal(spoken, np.pad(heard, (0, len(spoken) - len(heard))))                 # what a player must play
     again = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, heard, listening=-PROMPT["text"], **PROMPT))
     assert [c.frame for c in chunks] == [c.frame for c in again]
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(chunks, again, strict=True))

@@ -121,6 +121,8 @@ def test_chunks_know_their_place_in_time():
     chunks = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, WAVE, **PROMPT))
     assert [c.frame for c in chunks] == [0, 9, 21, 33, 45] and [c.index for c in chunks] == [0, 1, 2, 3, 4]
     assert [c.opens for c in chunks] == [True] + 4 * [False] and not any(c.listening for c in chunks)
+    assert [len(c.wave) for c in chunks] == [1000 * len(c.frames) for c in chunks]
+    assert np.array_equal(np.concatenate([c.wave for c in chunks]), np.pad(WAVE, (0, 7000)))
     for c in chunks:
         stages = [c.marks[name] for name in ("hear", "dit", "vae")]
         assert all(began <= ended for began, ended in stages) and stages == sorted(stages)
@@ -149,6 +151,7 @@ def test_another_picture_begins_at_a_chunks_border():
             streamer.set_image(other, PROMPT["image_tokens"])
     assert [(c.frame, c.opens, len(c.frames)) for c in chunks] == [
         (0, True, 9), (9, False, 12), (21, True, 9), (30, False, 12), (42, False, 12)]  # no frame of sound lost or heard twice
+    assert np.array_equal(np.concatenate([c.wave for c in chunks]), np.pad(WAVE, (0, 4000)))
     noise = torch.Generator().manual_seed(3)
     for _ in range(4):                                                                  # two chunks of two steps
         torch.randn(1, 16, 3, 4, 4, generator=noise)

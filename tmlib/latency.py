@@ -38,7 +38,7 @@ def streamed(streamer: Streamer, picture: np.ndarray, chunks: int) -> list[Chunk
     made, asked = [], time.perf_counter()
     for chunk in streamer.chunks(picture, [wave], **scene(streamer.dit, picture.shape[0] // 8)):
         now = time.perf_counter()
-        chunk.marks["out"], chunk.frames = (asked, now), None
+        chunk.marks["out"], chunk.frames, chunk.wave = (asked, now), None, None
         made.append(chunk)
         asked = now
     return made

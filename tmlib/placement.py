@@ -32,8 +32,9 @@ class Chunk:
     index: int                                  # in the stream
     frame: int                                  # the stream's number of its first video frame
     opens: bool                                 # the first of a picture: the decoder begins anew
-    listening: bool                             # made with the listening prompt
-    latents: Tensor | None                      # (1, 16, chunk, H, W) until decoded
+    listening: bool = False                     # made with the listening prompt
+    wave: np.ndarray | None = None              # (1000 t,) its own sound, with the silence that stands for what came late
+    latents: Tensor | None = None               # (1, 16, chunk, H, W) until decoded
     ready: torch.cuda.Event | None = None       # when the latents are, on a GPU
     frames: np.ndarray | None = None            # uint8 (t, H, W, 3) once decoded
     saved: tuple | None = None                  # the DiT's state after it, the decoder's after it

@@ -62,10 +62,6 @@ class Sound:
                             f"got {piece.dtype} {piece.shape}; read files with media.read_audio")
         return piece.astype(np.float32)
 
-    def silent(self, first, end):
-        """Whether samples first .. end are digital silence: nobody's recording, but a pause of a synthesiser, or sound too late."""
-        return not self.wave[first - self.start:end - self.start].any()
-
     def forget(self, before):
         """Drop whole seconds that lie `history` samples before sample `before`."""
         drop = (before - self.history - self.start) // RATE * RATE

@@ -5,6 +5,8 @@
 - Every failure ends the stream with one UserError; what was delivered stays valid, and a resumable stream goes on from there.
 """
 
+import threading
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -15,10 +17,11 @@ from . import flow
 from .chain import Chain, noise_maker
 from .config import UserError
 from .placement import PLACEMENTS, Chunk, ahead, clearly, decoded, device_of, mark, ready, to_frames
-from .sound import FPS, FRAME, RATE, Sound
+from .sound import FRAME, RATE, Sound
 from .vae import i2v_condition
 
 STRIDE = 4                                       # frames per latent frame
+BUSY_S = 10                                      # longest that `resume` waits for a chunk still in the making
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Take:
     index: int = 0                               # of the next chunk
     last: tuple | None = None                    # states of DiT and decoder after the last chunk delivered
     pictures: dict = field(default_factory=dict) # that begin at a chunk not delivered yet: {index: (image, tokens)}
+    busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
 
 
 class Streamer:
@@ -57,7 +61,8 @@ class Streamer:
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
         self.history = int(history_s * RATE) + resumable * (2 * depth + 3) * self.chunk * STRIDE * FRAME
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
-        self.text, self.listening, self.image, self.take, self.worker = None, None, None, None, worker
+        self.text, self.listening, self.take, self.worker = None, None, None, worker
+        self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
         self.vae_device = vae_device or another(dit.device)
         if placement == "two_device" and hasattr(vae, "to"):
             vae.to(self.vae_device)
@@ -72,7 +77,7 @@ class Streamer:
 
     def set_image(self, image, image_tokens=None):
         """Change the picture, uint8 (H, W, 3) of the same size, at the next chunk's border: a new first chunk, the same sound."""
-        self.image = image, image_tokens
+        self.pictures.append((image, image_tokens))
 
     def close(self):
         """Let go of the decoder's process, if there is one."""
@@ -107,7 +112,7 @@ class Streamer:
         if audio_mask is not None:
             audio_mask = audio_mask.to(self.dit.device).expand(1, self.chunk, *audio_mask.shape[-2:])
         self.take = Take(Sound(audio_chunks, self.history), torch.Generator().manual_seed(self.seed), None, audio_mask)
-        self.image = image, image_tokens
+        self.set_image(image, image_tokens)
         yield from self.play(self.take)
 
     def resume(self, audio_chunks=None):
@@ -120,12 +125,15 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
+        if not take.busy.acquire(timeout=BUSY_S):
+            raise UserError("the old stream's thread still waits for its sound: end that source first")
         state, past = take.last or (None, None)
         if state is not None:
             restore(take, state)
         else:                                    # it ended before anything was delivered: begin again
             take.chain, take.index, take.offset = None, 0, 0
             take.draw.manual_seed(self.seed)
+        take.busy.release()
         yield from self.play(take, past)
 
     def play(self, take, past=None):
@@ -153,30 +161,35 @@ class Streamer:
 
     # The DiT's stage
 
-    @torch.no_grad()
     def denoised(self, take):
         """Chunks of latents, as long as there is sound."""
-        while True:
+        while (chunk := self.made(take)) is not None:
+            yield chunk
+
+    @torch.no_grad()
+    def made(self, take):
+        """The next chunk of latents, or None when the sound has ended."""
+        with take.busy, clearly(f"denoising chunk {take.index}"):
             self.turn(take)
-            first, opens = take.chain.index * self.chunk, take.chain.index == 0
-            chunk = Chunk(take.index, self.sample(take, first) // FRAME, opens, False, None)
+            first = take.chain.index * self.chunk
+            chunk = Chunk(take.index, self.sample(take, first) // FRAME, opens=first == 0)
             with mark(chunk, "hear"):
-                audio, text, chunk.listening = self.hear(take, first)
+                audio = self.hear(take, chunk, first)
             if audio is None:
-                return
-            with clearly(f"denoising chunk {take.index}"), mark(chunk, "dit"):
+                return None
+            with mark(chunk, "dit"):
                 noise = noise_maker((1, 16, *take.chain.cond.shape[-2:]), None, take.draw, self.dit.device)
-                chunk.latents = take.chain.next(noise(slice(first, first + self.chunk)), text=text, image=take.image_tokens,
-                                                audio=audio, audio_mask=take.audio_mask)
+                chunk.latents = take.chain.next(noise(slice(first, first + self.chunk)), image=take.image_tokens, audio=audio,
+                                                text=self.listening if chunk.listening else self.text, audio_mask=take.audio_mask)
             chunk.ready = ready(chunk.latents)
             take.index += 1
             if self.resumable:
                 chunk.saved = (state_of(take),)
-            yield chunk
+            return chunk
 
     def turn(self, take):
         """Begin with a picture if there is a new one: its chain starts here, with the sound that comes next."""
-        picture, self.image = self.image or take.pictures.get(take.index), None
+        picture = self.pictures.pop() if self.pictures else take.pictures.get(take.index)
         if picture is None:
             return
         image, tokens = take.pictures[take.index] = picture
@@ -190,21 +203,19 @@ class Streamer:
         """The stream's sample at which latent frame `latent` of the present picture begins."""
         return take.offset + max(STRIDE * latent - STRIDE + 1, 0) * FRAME
 
-    def hear(self, take, first):
-        """Audio tokens (1, chunk, tokens, D) of latent frames first .., the prompt that goes with them, and whether it is to listen.
-
-        None for the tokens when the sound ended before them.
-        """
+    def hear(self, take, chunk, first):
+        """Audio tokens (1, chunk, tokens, D) of latent frames first .., or None when the sound ended before them."""
         sound, begin, end = take.sound, self.sample(take, first), self.sample(take, first + self.chunk)
         sound.until(end + self.audio_encoder.lookahead_samples)
         if sound.ended and sound.total <= begin:
             if sound.total == 0:
                 raise UserError("there is no sound to speak: the audio is empty")
-            return None, None, False
-        listen = self.listening is not None and sound.silent(begin, end)
+            return None
+        chunk.wave = sound.wave[begin - sound.start:end - sound.start].copy()
+        chunk.listening = self.listening is not None and not chunk.wave.any()            # digital silence: a pause, or sound too late
         tokens = self.audio_encoder.tokens(sound.wave, first, self.chunk, sound.start - take.offset)     # (chunk, tokens, D)
         sound.forget(end)
-        return tokens[None].to(self.dit.device), self.listening if listen else self.text, listen
+        return tokens[None].to(self.dit.device)
 
 
 def another(device):

@@ -91,7 +91,7 @@ class Decoder:
         if self.source.type == "cuda" and not self.nccl:
             torch.cuda.current_stream(self.source).synchronize()
         self.tag += 1
-        self.tell((self.tag, replace(chunk, latents=None, ready=None, saved=None), z.shape, z.dtype))
+        self.tell((self.tag, replace(chunk, wave=None, latents=None, ready=None, saved=None), z.shape, z.dtype))
         try:
             work = self.group.send([z], 1, self.tag)
             if blocking:

@@ -1,5 +1,10 @@
 """The streaming runtime: sound in pieces of any size goes in, frames come out chunk by chunk, for ever.
 
+    sound = LiveSound()                                      # another thread calls sound.push(wave), and at last sound.close()
+    with Streamer(dit, vae, encoder, "two_process", resumable=True) as streamer:
+        for chunk in streamer.chunks(picture, sound, text=speaking, listening=listening):
+            play(chunk.frames, chunk.wave)
+
 - Where its two stages run is `placement`'s matter; a live call's sound is `sound.LiveSound`.
 - Prompts and pictures may change while it runs; they take effect at the next chunk's border.
 - Every failure ends the stream with one UserError; what was delivered stays valid, and a resumable stream goes on from there.

@@ -53,7 +53,7 @@ def test_tokens_of_a_moving_buffer_are_those_of_the_clip(shape):
     assert whole.shape == (n, encoder.tokens_per_latent, 8) and whole.std() > 0.1
     for k in range(n):
         hi = end_of(encoder, k) + encoder.lookahead_samples              # nothing later is needed
-        past = (4 + encoder.cfg.context) / encoder.cfg.fps * RATE + (encoder.reach + 2) * HOP
+        past = 4 / encoder.cfg.fps * RATE + encoder.history_samples
         lo = max(0, int(end_of(encoder, k) - past) // HOP * HOP)         # nor anything much earlier
         torch.testing.assert_close(encoder.tokens(wave[lo:hi], k, 1, start=lo), whole[k:k + 1], atol=2e-5, rtol=0)
     pieces = [encoder.tokens(wave, k, min(3, n - k)) for k in range(0, n, 3)]

@@ -258,3 +258,25 @@ def test_a_broken_store_says_what_to_delete(house, tmp_path):
 def test_wrong_pictures_are_refused(house, tmp_path, image):
     with pytest.raises(UserError, match="uint8"):
         image_tokens([image], house, tmp_path)
+
+
+def test_a_folder_of_models_tells_the_model_what_it_says(house, root, monkeypatch):
+    from tmlib.latents import prompt
+    from tmlib.readers import FaceEncoder, LipReader, load_readers, save_readers
+    lips, face = LipReader().eval(), FaceEncoder(3, 8).eval()
+    frames = torch.rand(3, 3, 64, 64) * 2 - 1
+    save_readers(lips, face, root)
+    told = c.load_conditions(root)
+    assert torch.equal(told.tokens(frames), face.tokens(frames)) and torch.equal(told.prompt("flat", "speaking", 8), prompt("flat", "speaking", 8))
+    save_readers(lips, face, root, str(house))
+    told, loads, load = c.load_conditions(root), [], c.load_part
+    monkeypatch.setattr(c, "load_part", lambda *how, **more: loads.append(how[0].__name__) or load(*how, **more))
+    pictures = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    want = image_tokens(list(pictures), house, root / "elsewhere")
+    loads.clear()
+    assert torch.equal(torch.cat([told.tokens(frames[:1]), told.tokens(frames[1:])]), want) and loads == ["CLIPVisionModel"]     # once
+    assert torch.equal(told.prompt("anime", "speaking", 16), text_tokens(["anime style. " + c.SENTENCES["speaking"]], house, root / "elsewhere")[0])
+    assert not torch.equal(told.prompt(None, "listening", 16), told.prompt(None, "speaking", 16))
+    with pytest.raises(UserError, match="16 wide, the model takes 8; set latents.text_dim"):
+        told.prompt(None, None, 8)
+    assert torch.equal(load_readers(root)[1].tokens(frames), face.tokens(frames))         # the ruler lies beside the link

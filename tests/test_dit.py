@@ -1,6 +1,9 @@
 """dit: the same numbers as diffusers, cached = masked = brute force, and an audio path that stays in its own window."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tmlib import attention as att
 from tmlib.config import UserError
-from tmlib.dit import VARIANTS, DiTConfig, WanDiT
+from tmlib.dit import OUR_DEFAULTS, VARIANTS, DiTConfig, WanDiT
 from tmlib.layers import Context
+from tmlib.weights import read_config, renamed
 
 TINY = dict(text_dim=10, image_dim=12, audio_dim=6, audio_tokens=5, audio_width=16, audio_hidden=24, freq_dim=32, ffn_dim=48,
             num_attention_heads=2, attention_head_dim=16)
@@ -364,6 +368,73 @@ def test_half_precision_keeps_the_delicate_parts(tmp_path):
     assert out.dtype == torch.bfloat16 and dit(x, t, **given).dtype == torch.float32 and (out - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+# Wan2.1's own checkpoints
+
+def test_original_names_are_those_that_diffusers_converts():
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    state = {n: t for n, t in tiny().state_dict().items() if "audio" not in n}
+    wan = {renamed(n, back=True): t for n, t in state.items()}
+    assert len(wan) == len(state) and not set(wan) & set(state) - {"patch_embedding.weight", "patch_embedding.bias"}
+    assert {"blocks.1.self_attn.norm_q.weight", "blocks.1.cross_attn.o.bias", "blocks.0.cross_attn.k_img.weight", "blocks.0.cross_attn.norm_k_img.weight",
+            "blocks.0.norm3.weight", "blocks.0.ffn.2.bias", "blocks.0.modulation", "head.modulation", "head.head.weight", "img_emb.proj.4.bias",
+            "time_projection.1.weight", "text_embedding.2.weight"} <= set(wan)              # as the public files have them
+    converted = convert_wan_transformer_to_diffusers(dict(wan))
+    assert set(converted) == set(state) and all(torch.equal(converted[n], t) for n, t in state.items())
+    assert {renamed(n): t.data_ptr() for n, t in wan.items()} == {n: t.data_ptr() for n, t in state.items()}
+    assert all(renamed(n) == n for n in tiny().state_dict())                            # ours stay, audio included
+
+
+def save_original(dit, folder, shards=2, **changes):
+    """A folder as Wan-AI publishes it: config.json of a WanModel, shards with an index; no text_dim or image_dim in the real ones."""
+    c, folder = dit.config, Path(folder)
+    folder.mkdir()
+    state = {renamed(n, back=True): t.contiguous() for n, t in dit.state_dict().items() if "audio" not in n}
+    names, stem = list(state), "diffusion_pytorch_model"
+    parts = {f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
+    for part, some in parts.items():
+        save_file({n: state[n] for n in some}, folder / part)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": {n: part for part, some in parts.items() for n in some}}))
+    wan = {"_class_name": "WanModel", "dim": c.dim, "eps": c.eps, "ffn_dim": c.ffn_dim, "freq_dim": c.freq_dim, "in_dim": c.in_channels,
+           "model_type": "i2v" if c.image_dim else "t2v", "num_heads": c.num_attention_heads, "num_layers": c.num_layers, "out_dim": c.out_channels,
+           "text_len": 512, "text_dim": c.text_dim, "image_dim": c.image_dim, **changes}
+    (folder / "config.json").write_text(json.dumps(wan))
+    return folder
+
+
+@pytest.mark.parametrize("image_dim", [12, None])
+@torch.no_grad()
+def test_original_checkpoints_are_read(tmp_path, image_dim):
+    dit = tiny(audio_dim=None, image_dim=image_dim)
+    folder = save_original(dit, tmp_path / "Wan2.1")
+    back = WanDiT.from_pretrained(folder)
+    assert back.config == dataclasses.replace(dit.config, **OUR_DEFAULTS)
+    x, t, _ = inputs(tiny())
+    given = dict(text=torch.randn(2, 7, 10), image=torch.randn(2, 3, 12) if image_dim else None)
+    assert torch.equal(back(x, t, **given), dit(x, t, **given))
+    grown = WanDiT.from_pretrained(folder, audio_dim=6, audio_tokens=5)
+    assert torch.equal(grown(x, t, **given, audio=torch.randn(2, 6, 4, 6)), dit(x, t, **given))
+    path = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    whole = load_file(path)
+    last = list(whole)[-1]
+    save_file({n: w for n, w in whole.items() if n != last}, path)
+    with pytest.raises(UserError, match=f"1 weights missing, such as {re.escape(renamed(last))}"):
+        WanDiT.from_pretrained(folder)
+    save_file({**whole, "blocks.0.cross_attn.k_vid.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="unexpected weight blocks.0.cross_attn.k_vid.weight"):
+        WanDiT.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 32}))
+    with pytest.raises(UserError, match="not a Wan configuration .'num_heads' is missing"):
+        WanDiT.from_pretrained(folder)
+
+
+def test_the_public_configuration_is_that_of_the_variant(tmp_path):
+    """config.json as Wan2.1-I2V-14B publishes it."""
+    public = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 5120, "eps": 1e-06, "ffn_dim": 13824, "freq_dim": 256, "in_dim": 36,
+              "model_type": "i2v", "num_heads": 40, "num_layers": 40, "out_dim": 16, "text_len": 512}
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    assert read_config(tmp_path, DiTConfig, OUR_DEFAULTS) == DiTConfig(**VARIANTS["wan-i2v-14b"])
+
+
 def broken(tmp_path, name, edit):
     tiny().save_pretrained(tmp_path)
     edit(tmp_path / name)
@@ -385,7 +456,7 @@ def test_damaged_folders_get_one_line(tmp_path):
     assert "1 weights missing, such as proj_out.bias" in broken(tmp_path / "a", weights, without("proj_out.bias"))
     assert "unexpected weight blocks.9.extra" in broken(tmp_path / "b", weights, with_more)
     assert weights in broken(tmp_path / "c", weights, lambda path: path.unlink())
-    assert "not a readable safetensors" in broken(tmp_path / "d", weights, lambda path: path.write_bytes(path.read_bytes()[:1000]))
+    assert "not a complete safetensors" in broken(tmp_path / "d", weights, lambda path: path.write_bytes(path.read_bytes()[:1000]))
     assert "config.json" in broken(tmp_path / "e", "config.json", lambda path: path.write_text("{"))
     assert "config.json" in broken(tmp_path / "f", "config.json", lambda path: path.unlink())
     edit = lambda path, **new: path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
@@ -399,7 +470,7 @@ def test_damaged_folders_get_one_line(tmp_path):
     assert WanDiT.from_pretrained(tmp_path / "j", chunk=7).chunk == 7
     with pytest.raises(UserError, match="'audio_dmi' is unknown"):
         WanDiT.from_pretrained(tmp_path / "j", audio_dmi=7)
-    with pytest.raises(UserError, match="no such model folder"):
+    with pytest.raises(UserError, match="no such folder"):
         WanDiT.from_pretrained(tmp_path / "nothing")
 
 

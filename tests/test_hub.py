@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tmlib import hub
 from tmlib.config import UserError
@@ -91,3 +91,16 @@ def test_fingerprints_tell_models_apart(tmp_path, monkeypatch):
     assert hub.fingerprint(c) != same
     save_file({"v": torch.arange(1000).float()}, c / "model.safetensors")    # another name
     assert hub.fingerprint(c) != same
+
+
+def test_a_link_says_where_a_part_lies(tmp_path):
+    path = tmp_path / "models" / "vae.safetensors"
+    assert hub.linked(path) is None
+    hub.link(path, tmp_path, layers=(1, -1), group=3)
+    assert hub.linked(path) == {"source": str(tmp_path), "layers": [1, -1], "group": 3} and path.stat().st_size < 1000
+    hub.link(path, "Wan-AI/Some", {"w": torch.ones(2)})                       # beside weights of its own
+    assert hub.linked(path) == {"source": "Wan-AI/Some"} and load_file(path)["w"].sum() == 2
+    save_file({"w": torch.zeros(2)}, path)
+    assert hub.linked(path) is None
+    path.write_bytes(b"no safetensors")
+    assert hub.linked(path) is None

@@ -114,7 +114,7 @@ def test_encode_split_by_hand():
     pooled = lambda video: torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, :, ::4].repeat(1, 6, 1, 1, 1)[:, :16]
     vae, p = SimpleNamespace(encode=pooled), SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0)
     encoder = SimpleNamespace(tokens=lambda wave, first, count: torch.full((count, 2, 3), float(wave[0])))
-    face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5])
+    face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5], prompt=latents.prompt)
     store = latents.encode_split(clips, vae, encoder, face, p, "x")
     video = to_float(frames)
     assert torch.equal(store["z"], pooled(video)) and store["z"].shape == (9, 16, 4, 4, 4)

@@ -22,15 +22,15 @@ PIPELINE = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
 
 # Who may import whom at the top of a file; everybody may import config. Acyclic by construction: only names further up.
 ALLOWED = {
-    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "notebook": "", "weights": "",
+    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "notebook": "", "hub": "", "weights": "hub",
     "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
-    "layers": "attention", "dit": "attention flow layers weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention weights", "data": "speech avatar", "latents": "data vae", "muon": "",
+    "layers": "attention", "dit": "attention flow hub layers weights", "vae": "attention weights", "audio": "attention weights",
+    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data vae", "muon": "",
     "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
-    "hub": "", "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub",
+    "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "report": "metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers",
@@ -38,7 +38,7 @@ ALLOWED = {
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tmlib.config import UserError
 from tmlib.vae import i2v_condition
-from tmlib.wan_vae import WanVAE, load_wan_vae
+from tmlib.wan_vae import WanVAE, load_codec, load_wan_vae
 
 pytest.importorskip("diffusers")
 SMALL = dict(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
@@ -200,3 +200,20 @@ def test_folders_that_do_not_fit_say_so_in_a_line(tmp_path):
     refused("weights missing", setting(num_res_blocks=2), "")
     with pytest.raises(UserError, match="no such folder"):
         load_wan_vae(tmp_path / "nowhere")
+
+
+def test_a_folder_of_models_has_the_codec_it_says(tmp_path):
+    from tmlib.hub import link
+    from tmlib.vae import VAEConfig, VideoVAE, save_vae
+    save_vae(VideoVAE(VAEConfig(encoder=(8, 8, 8), decoder=(8, 8, 8), blocks=1)), tmp_path)
+    assert isinstance(load_codec(tmp_path), VideoVAE)
+    net = make_net()
+    net.save_pretrained(tmp_path / "Wan" / "vae")
+    link(tmp_path / "vae.safetensors", tmp_path / "Wan")
+    assert torch.equal(load_codec(tmp_path).encode(film(5)), WanVAE(net).encode(film(5)))
+    shutil.rmtree(tmp_path / "Wan")
+    with pytest.raises(UserError, match="Wan: no such folder"):
+        load_codec(tmp_path)
+    (tmp_path / "vae.safetensors").unlink()
+    with pytest.raises(UserError, match="vae.safetensors is missing"):
+        load_codec(tmp_path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tmlib.audio import RATE, SpeechConfig, SpeechEncoder
 from tmlib.config import UserError
-from tmlib.wav2vec import Wav2VecConfig, Wav2VecEncoder, context_error, load_wav2vec
+from tmlib.wav2vec import Wav2VecConfig, Wav2VecEncoder, context_error, load_speech, load_wav2vec
 
 pytest.importorskip("transformers")
 SMALL = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7, num_feat_extract_layers=7,
@@ -195,7 +195,7 @@ def test_full_size_parts_serve_the_runtime():
     ears = Wav2VecEncoder(make_net(hidden_size=6), Wav2VecConfig(**SHORT))
     heard, tokens = [], ears.tokens
     ears.tokens = lambda *how: heard.append(tokens(*how)) or heard[-1]
-    streamer = Streamer(make_dit(), WanVAE(make_codec()), ears, history_s=ears.history_samples / RATE)
+    streamer = Streamer(make_dit(), WanVAE(make_codec()), ears)
     image, wave = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), noise(2.5).numpy()
     prompt = dict(text=torch.ones(1, 3, 10), image_tokens=torch.ones(1, 2, 12), audio_mask=torch.ones(2, 2))
     whole = list(streamer.stream(image, wave, **prompt))
@@ -287,3 +287,17 @@ def test_folders_that_do_not_fit_say_so_in_a_line(tmp_path):
     refused("weights", setting(hidden_size=32), "")
     refused("weights missing", setting(num_hidden_layers=4), "")
     refused("1 weights missing, such as feature_projection.projection.bias", without("projection.bias"), "")
+
+
+def test_a_folder_of_models_has_the_ears_it_says(tmp_path):
+    from tmlib.audio import save_encoder
+    from tmlib.hub import link
+    save_encoder(SpeechEncoder(SpeechConfig(hidden=8, layers=1)), tmp_path)
+    assert isinstance(load_speech(tmp_path), SpeechEncoder)
+    save_model(make_net(), tmp_path / "w2v")
+    link(tmp_path / "speech.safetensors", tmp_path / "w2v", layers=[1, 2], join="mean", per_frame=3, **SHORT)
+    cfg = Wav2VecConfig(layers=(1, 2), join="mean", per_frame=3, **SHORT)
+    assert torch.equal(load_speech(tmp_path).tokens(noise(1), 0, 3), Wav2VecEncoder(make_net(), cfg).tokens(noise(1), 0, 3))
+    link(tmp_path / "speech.safetensors", tmp_path / "w2v", layer=1)
+    with pytest.raises(UserError, match="speech.wav2vec in params.yaml"):
+        load_speech(tmp_path)

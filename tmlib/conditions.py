@@ -12,6 +12,8 @@ What is special
 import gc
 import hashlib
 import html
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import config
 from .config import UserError, atomic
-from .hub import find_part, fingerprint, load_part
+from .data import to_uint8
+from .hub import find_part, fingerprint, linked, load_part
+from .latents import prompt
+from .readers import load_readers
 
 TEXT_TOKENS = 512
+# What the paper's prompts say is not known; these are ours. The style, if there is one, comes first.
+SENTENCES = {"speaking": "A person is talking to the camera.", "listening": "A person is listening to the camera, mouth closed.",
+             None: "A person is looking at the camera."}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the DiT is told besides sound, whichever encoders say it; the tokens are on the CPU."""
+    tokens: Callable[[Tensor], Tensor]           # reference pictures (B, 3, H, W) in [-1, 1] -> (B, tokens, image_dim)
+    prompt: Callable[[str | None, str | None, int], Tensor]      # style, mode (speaking, listening), text_dim -> (tokens, text_dim)
+
+
+def load_conditions(folder) -> Conditions:
+    """Those of a folder of models: the miniature's own, or the pretrained ones that its readers.safetensors links to."""
+    if not (how := linked(Path(folder) / "readers.safetensors")):
+        return Conditions(load_readers(folder)[1].tokens, prompt)
+    source, cache, loaded = how["source"], config.SCRATCH / "conditions", {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def say(style: str | None, mode: str | None, dim: int) -> Tensor:
+        tokens = text_tokens(f"{style} style. {SENTENCES[mode]}" if style else SENTENCES[mode], source, cache, device=device)[0]
+        if tokens.shape[1] != dim:
+            raise UserError(f"{source}: its text tokens are {tokens.shape[1]} wide, the model takes {dim}; set latents.text_dim")
+        return tokens
+    return Conditions(lambda frames: image_tokens(list(to_uint8(frames[:, :, None])[:, 0]), source, cache, device=device, loaded=loaded), say)
 
 
 def text_tokens(prompts: list[str], source, cache, dtype=torch.bfloat16, device="cpu") -> Tensor:
@@ -48,10 +79,11 @@ def text_tokens(prompts: list[str], source, cache, dtype=torch.bfloat16, device=
     return torch.stack([F.pad(t, (0, 0, 0, TEXT_TOKENS - len(t))) for t in stored(prompts, names, cache, load)])
 
 
-def image_tokens(images: list[np.ndarray], source, cache, dtype=torch.float32, device="cpu") -> Tensor:
+def image_tokens(images: list[np.ndarray], source, cache, dtype=torch.float32, device="cpu", loaded: dict | None = None) -> Tensor:
     """Pictures, uint8 (H, W, 3) -> image conditions (B, 257, image_dim) on the CPU, from `cache` where they are stored already.
 
     source: a folder in diffusers' layout (image_encoder/, image_processor/) or a hub id. Any size: CLIP's own preparation follows.
+    loaded: where the encoder is kept from one call to the next; without it, each call that needs it loads it and lets it go.
     """
     for image in map(np.asarray, images):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -70,7 +102,8 @@ def image_tokens(images: list[np.ndarray], source, cache, dtype=torch.float32, d
         return encode
 
     pixels = [f"{i.shape}".encode() + np.ascontiguousarray(i).tobytes() for i in map(np.asarray, images)]
-    return torch.stack(stored(images, keys("image", pixels, fingerprint(folder, preparation), dtype), cache, load))
+    ready = load if loaded is None else lambda: loaded.get("image") or loaded.setdefault("image", load())
+    return torch.stack(stored(images, keys("image", pixels, fingerprint(folder, preparation), dtype), cache, ready))
 
 
 def keys(kind: str, contents: list[bytes], model: str, dtype) -> list[str]:

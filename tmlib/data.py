@@ -8,6 +8,7 @@ What is special
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from dataclasses import asdict, dataclass
@@ -75,12 +76,12 @@ def word_lists() -> dict[str, tuple[list, list]]:
     return {split: (voices[split], sentences[split]) for split in voices}
 
 
-def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
-    """A cut from anywhere in one voice's sentences and pauses: (wave (n,), phones, voice name).
+def talk(rng, words: tuple[list, list], seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
+    """A cut from anywhere in one voice's sentences and pauses: (wave (n,), phones, voice name). words: voices and sentences.
 
     Clips that all began in silence would correlate with one another, and with anybody's speech.
     """
-    voices, sentences = word_lists()[split]
+    voices, sentences = words
     voice = voices[rng.integers(len(voices))]
     before = rng.uniform(0, CUT_S)
     wave = np.zeros(int(round((before + seconds) * RATE)), np.float32)
@@ -97,12 +98,12 @@ def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone
     return wave[-int(round(seconds * RATE)):], phones, voice.name
 
 
-def make_clip(spec: Spec) -> Clip:
-    """Speech, motion and picture of one clip."""
+def make_clip(spec: Spec, words: tuple[list, list] | None = None) -> Clip:
+    """Speech, motion and picture of one clip; words: voices and sentences, those of its split if none are given."""
     rng = np.random.default_rng(spec.seed)
     seconds = spec.frames / spec.fps
     if spec.kind == "speaking":
-        wave, phones, voice = talk(rng, spec.split, seconds)
+        wave, phones, voice = talk(rng, words or word_lists()[spec.split], seconds)
     else:
         wave, phones, voice = np.zeros(int(round(seconds * RATE)), np.float32), [], ""
     wave += (QUIET * rng.uniform(0.1, 1.0) * rng.standard_normal(len(wave))).astype(np.float32)
@@ -132,26 +133,32 @@ def babble(rng, frames: int) -> np.ndarray:
 
 
 def write_split(folder: Path, name: str, todo: list[Spec], workers: int) -> dict:
-    """Renders `todo` into `folder/name/`: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz, clips.json."""
-    progress = Progress(len(todo), f"clips {name}")
-    s = todo[0]
+    """Renders `todo` into `folder/name/`, see `save_split`."""
+    with ProcessPoolExecutor(workers) as pool:
+        made = pool.map(make_clip, todo, chunksize=4)
+        return save_split(folder, name, len(todo), ((clip, asdict(spec)) for clip, spec in zip(made, todo)))
+
+
+def save_split(folder: Path, name: str, n: int, made: Iterable[tuple[Clip, dict]]) -> dict:
+    """Writes n clips, each with what it is made from: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz,
+    clips.json. One clip's frames are in memory at a time. Returns how much it is."""
+    progress = Progress(n, f"clips {name}")
     with atomic(Path(folder) / name) as tmp:
         tmp.mkdir()
-        frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (len(todo), s.frames, s.size, s.size, 3))
-        rest = {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}
-        meta = []
-        with ProcessPoolExecutor(workers) as pool:
-            for i, clip in enumerate(pool.map(make_clip, todo, chunksize=4)):
-                frames[i] = clip.frames
-                for k, v in rest.items():
-                    v.append(getattr(clip, k))
-                meta.append({**asdict(todo[i]), "voice": clip.voice, "phones": clip.phones})
-                progress.step()
+        frames, rest, meta = None, {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}, []
+        for i, (clip, source) in enumerate(made):
+            if frames is None:
+                frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (n, *clip.frames.shape))
+            frames[i] = clip.frames
+            for k, v in rest.items():
+                v.append(getattr(clip, k))
+            meta.append({**source, "voice": clip.voice, "phones": clip.phones})
+            progress.step()
         frames.flush()
         np.save(tmp / "wave.npy", (np.clip(np.stack(rest.pop("wave")), -1, 1) * 32767).astype(np.int16))
         np.savez(tmp / "truth.npz", **{k: np.stack(v) for k, v in rest.items()})
         (tmp / "clips.json").write_text(json.dumps(meta))
-    return {"clips": len(todo), "seconds": len(todo) * s.frames / s.fps,
+    return {"clips": n, "seconds": sum(len(s) / m["fps"] for s, m in zip(rest["speaking"], meta)),
             "silence_fraction": round(1 - float(np.mean(np.stack(rest["speaking"]))), 4)}
 
 
@@ -182,10 +189,16 @@ class Clips:
         """Indices of the clips whose meta agrees: `clips.where(kind="speaking", style="flat")`."""
         return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
 
+    def examples(self) -> list[int]:
+        """A speaking clip of each style to look at; of clips without styles, as real ones are, the first that speak."""
+        first = [self.where(style=style, kind="speaking")[:1] for style in STYLES]
+        found = np.concatenate(first if all(map(len, first)) else [self.where(kind="speaking")[:len(STYLES)]])
+        return found.tolist()
+
 
 def to_float(frames) -> Tensor:
     """uint8 (..., T, H, W, 3) -> float32 (..., 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

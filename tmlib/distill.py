@@ -62,6 +62,8 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     """
     ts = flow.timesteps(p.steps, p.shift)
     if p.cache != "per_step":
+        if start is not None:
+            raise UserError(f"distillation.real_ratio must be 0 with cache {p.cache}: its chunks follow from one another, none can start from real video")
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
     v = denoiser(dit, batch, mask="sparse_causal")
     at = lambda t: torch.full((len(batch),), t, device=dit.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import attention as att
-from . import flow, weights
+from . import flow, hub, weights
 from .config import UserError
 from .layers import AudioModule, Block, ConditionEmbedder, Context, LayerNorm32
 
@@ -227,12 +227,12 @@ class WanDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu", **overrides):
-        """Read a folder of diffusers' layout, or a hub id. overrides: our own fields, to grow audio onto a bare Wan.
+        """Read a folder of diffusers' layout or of Wan2.1's own, or a hub id. overrides: our own fields, to grow audio onto a bare Wan.
 
         Only audio weights may be missing, and are then initialised; other missing or unexpected names -> UserError.
         dtype: of the weights, but norms, time embedder and modulation stay float32, as in diffusers.
         """
-        folder = weights.find_folder(folder)
+        folder = hub.find_part(folder, "transformer")
         config = weights.replace(weights.read_config(folder, DiTConfig, OUR_DEFAULTS), overrides)
         with torch.device("meta"):
             model = cls(config)

@@ -2,6 +2,8 @@
 
 What is special
 - A source is a part's own folder, a pipeline's folder that holds it ("vae/", "text_encoder/"), or a hub id of either.
+- A run that takes a public part trains none: in the place of its weights stands a *link*, a safetensors file that says in
+  its metadata where the part lies. So a folder of models knows by itself which encoders belong to it.
 - Files are looked at before a library sees them: what is missing, cut short or not safetensors is named. No pickle is ever read.
 - Libraries give weights that a file lacks random values and go on; here that is an error.
 """
@@ -9,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from .config import UserError
+from .config import UserError, atomic
 
 EDGE = 1 << 20                                   # bytes at either end of a weight file that identify it
 
@@ -30,7 +32,8 @@ def find_part(source, part: str, config: str = "config.json") -> Path:
 def download(hub_id: str, part: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        kinds = (f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt", "model*.safetensors", "*.json")
+        alone = ("diffusion_pytorch_model", "tm_") if part == "transformer" else ("model",)      # files of a part that is no pipeline's
+        kinds = (f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt", *(f"{stem}*.safetensors" for stem in alone), "*.json")
         return Path(snapshot_download(hub_id, allow_patterns=kinds))
     except Exception as error:
         raise UserError(f"{hub_id}: no folder here, and no model that could be downloaded ({type(error).__name__})") from error
@@ -97,3 +100,20 @@ def fingerprint(*folders: Path) -> str:
                 file.seek(-EDGE, 2)
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def link(path, source, tensors: dict | None = None, **how) -> None:
+    """Write the link `path` to the pretrained part `source`; how: JSON values that its loader takes; tensors: weights that share the file."""
+    from safetensors.torch import save_file
+    with atomic(path) as temporary:
+        save_file(tensors or {}, temporary, {"pretrained": json.dumps({"source": str(source), **how})})
+
+
+def linked(path) -> dict | None:
+    """What `link` wrote into this file: {"source": ..., ...}; None for a plain file of weights, or none at all."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("pretrained", "null"))
+    except Exception:                                # whoever reads its weights says what is wrong with it
+        return None

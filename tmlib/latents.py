@@ -63,25 +63,28 @@ class Batch:
 
 
 @torch.no_grad()
-def encode_split(clips: Clips, vae, encoder, face_encoder, p, what: str) -> dict[str, Tensor]:
-    """Everything a `Batch` is cut from, for a whole split, once; p: condition (see `vae.i2v_condition`), text_dim, mouth_weight."""
+def encode_split(clips: Clips, vae, encoder, conditions, p, what: str) -> dict[str, Tensor]:
+    """Everything a `Batch` is cut from, for a whole split, once; p: condition (see `vae.i2v_condition`), text_dim, mouth_weight.
+
+    vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`, `conditions.load_conditions`).
+    """
     T, size = clips.frames.shape[1:3]
     n_latent = (T - 1) // 4 + 1
     out = {k: [] for k in ("z", "cond", "audio", "image")}
     progress = Progress(len(clips), f"encode {what}")
     for lo in range(0, len(clips), 8):
         video = to_float(clips.frames[lo:lo + 8])
-        out["z"].append(vae.encode(video))
-        out["cond"].append(i2v_condition(vae, video[:, :, :1], n_latent, p.condition))
-        out["image"].append(face_encoder.tokens(video[:, :, 0]))
-        out["audio"] += [encoder.tokens(clips.wave(i), 0, n_latent)[None] for i in range(lo, min(lo + 8, len(clips)))]
+        out["z"].append(vae.encode(video).cpu())
+        out["cond"].append(i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu())
+        out["image"].append(conditions.tokens(video[:, :, 0]))
+        out["audio"] += [encoder.tokens(clips.wave(i), 0, n_latent)[None].cpu() for i in range(lo, min(lo + 8, len(clips)))]
         progress.step(len(video))
     store = {k: torch.cat(v) for k, v in out.items()}
     cells = store["z"].shape[-1]
     store["face"] = torch.from_numpy(per_latent(box_map(clips.face, size, cells // 2)))
     store["weight"] = 1 + (p.mouth_weight - 1) * torch.from_numpy(per_latent(box_map(clips.mouth, size, cells)))[:, None]
     mode = {"speaking": "speaking", "listening": "listening", "generic": None}
-    store["text"] = torch.stack([prompt(m["style"], mode[m["kind"]], p.text_dim) for m in clips.meta])
+    store["text"] = torch.stack([conditions.prompt(m["style"], mode[m["kind"]], p.text_dim) for m in clips.meta])
     return store
 
 

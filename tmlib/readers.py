@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, atomic
+from .hub import link
 
 TRUTHS = ("opening", "width", "rounding")
 
@@ -95,10 +96,14 @@ def at_64(frames: Tensor) -> Tensor:
     return frames if frames.shape[-1] == 64 else F.interpolate(frames, size=(64, 64), mode="area")
 
 
-def save_readers(lips: LipReader, face: FaceEncoder, folder: Path) -> None:
+def save_readers(lips: LipReader, face: FaceEncoder, folder: Path, pretrained: str | None = None) -> None:
+    """Writes `readers.safetensors`; pretrained: where the DiT's image and text encoders lie (`conditions.load_conditions`)."""
     from safetensors.torch import save_file
     parts = {f"{name}.{k}": v.contiguous() for name, m in (("lips", lips), ("face", face)) for k, v in m.state_dict().items()}
-    with atomic(Path(folder) / "readers.safetensors") as tmp:
+    path = Path(folder) / "readers.safetensors"
+    if pretrained:
+        return link(path, pretrained, parts)
+    with atomic(path) as tmp:
         save_file(parts, tmp)
 
 

@@ -42,8 +42,7 @@ def sayable(sentences: list[str], voices: list) -> list[str]:
 
 def clips(n: int, kind: str, voices: list, sentences: list[str]) -> list[Clip]:
     """n clips on faces that nothing else uses, the same for every kind, spoken by these voices."""
-    data.word_lists()[kind] = (voices, sentences)
-    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i)) for i in range(n)]
+    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i), (voices, sentences)) for i in range(n)]
 
 
 def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
@@ -54,11 +53,11 @@ def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
 
 
 def lip_r(split: Split, student, models, p, how, what: str) -> np.ndarray:
-    """Lip r of the streamed student on every clip (n,). models: (vae, speech encoder, lip reader, face encoder);
+    """Lip r of the streamed student on every clip (n,). models: (vae, speech encoder, conditions, lip reader, face encoder);
     p: the student's steps, shift, chunk, cache; how: the parameters of `encode_split`."""
-    vae, encoder, lips, face = models
+    vae, encoder, told, lips, face = models
     path = SCRATCH / f"robustness-{what}.safetensors"
-    save_latents(encode_split(split, vae, encoder, face, how, what), path)
+    save_latents(encode_split(split, vae, encoder, told, how, what), path)
     bench = evaluate.Bench(split, Latents(path), vae, lips, face)
     path.unlink()
     video = bench.videos(lambda batch, index: sampling.student(student, batch, index, p), 12, what)

@@ -58,16 +58,17 @@ class Streamer:
     """A talking face for ever: `for frames in streamer.stream(image, audio_chunks)` yields uint8 (t, H, W, 3), chunk by chunk.
 
     dit, vae, audio_encoder: in one place, see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens,
-    lookahead_samples). Memory and time per chunk do not grow. placement: "serial" (one device, denoise then decode).
+    lookahead_samples). history_s: sound that is kept, by default what the encoder needs. Memory and time per chunk do not grow. placement: "serial" (one device, denoise then decode).
     steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=8, **chain):
+                 timesteps=None, seed=0, window=21, history_s=None, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
-        self.chunk, self.seed, self.window, self.history = chunk or dit.chunk, seed, window, int(history_s * RATE)
+        self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
+        self.history = getattr(audio_encoder, "history_samples", 8 * RATE) if history_s is None else int(history_s * RATE)
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
         self.text = None
 

@@ -81,6 +81,7 @@ class Models:
     encoder: object
     lips: object
     face: object
+    conditions: object
     how: dict
 
 
@@ -88,12 +89,16 @@ def load_models(folder: Path) -> Models:
     """Everything that a stream needs. Raises UserError naming the file that is missing or does not fit."""
     import torch
 
-    from . import audio, readers, vae
+    from . import readers
+    from .conditions import load_conditions
     from .dit import WanDiT
+    from .wan_vae import load_codec
+    from .wav2vec import load_speech
     folder = Path(folder)
     lips, face = readers.load_readers(folder)
     dit = WanDiT.from_pretrained(folder / "student", dtype=torch.float32).eval().requires_grad_(False)
-    return Models(dit, vae.load_vae(folder), audio.load_encoder(folder), lips, face, config.load_json(folder / "student" / "stream.json"))
+    how = config.load_json(folder / "student" / "stream.json")
+    return Models(dit, load_codec(folder), load_speech(folder), lips, face, load_conditions(folder), how)
 
 
 def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0):
@@ -107,15 +112,15 @@ def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt:
     """Models of a folder, set up for streaming."""
     import torch
 
-    from . import data, latents
+    from . import data
     m = load_models(folder)
     streamer = make_streamer(m, steps, cache, seed)
-    text = latents.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]         # (1, words, text_dim)
+    text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
     region = torch.tensor(m.how["face_region"])                                         # (h, w)
 
     def frames(image, waves):
-        return streamer.stream(image, waves, text=text, image_tokens=m.face.tokens(as_float(image)[None]), audio_mask=region)
+        return streamer.stream(image, waves, text=text, image_tokens=m.conditions.tokens(as_float(image)[None]), audio_mask=region)
     return Talker(frames, lambda image: m.face.in_world(as_float(image)), m.how["size"], streamer.chunk)
 
 

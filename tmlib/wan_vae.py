@@ -10,12 +10,14 @@ What is special
 
 Shapes: video (B, 3, T, H, W) in [-1, 1], T = 4(F - 1) + 1; latents (B, 16, F, H/8, W/8).
 """
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from .config import UserError
-from .hub import find_part, load_part, read_json
-from .vae import Cache
+from .hub import find_part, linked, load_part, read_json
+from .vae import Cache, VideoVAE, load_vae
 
 FIXED = {"z_dim": 16, "patch_size": None, "is_residual": False, "in_channels": 3, "out_channels": 3}      # Wan2.1, not 2.2
 FIRST = "Rep"                                    # diffusers' note in an upsampler's slot: latent 0 went through, as one frame
@@ -37,7 +39,7 @@ class WanVAE(nn.Module):
         T, H, W = video.shape[2:]
         if T % 4 != 1 or H % 8 or W % 8:         # diffusers would leave frames out, silently
             raise ValueError(f"video of {T} frames, {H}x{W}: frames must be 4k + 1 and sides multiples of 8")
-        return (self.net.encode(video.to(self.net.dtype)).latent_dist.mode().float() - self.mean) * self.scale
+        return (self.net.encode(video.to(self.net.device, self.net.dtype)).latent_dist.mode().float() - self.mean) * self.scale
 
     def decode(self, z: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Normalised latents of the next chunk -> its video in [-1, 1], float32, and the cache for the chunk after.
@@ -72,3 +74,11 @@ def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -
         raise UserError(f"{folder / 'config.json'}: does not compress 4 times in time and 8 times in space; give Wan2.1's codec")
     net = load_part(AutoencoderKLWan, folder, dtype, device, low_cpu_mem_usage=False)         # else diffusers asks for accelerate
     return WanVAE(net, together).eval()
+
+
+def load_codec(folder) -> VideoVAE | WanVAE:
+    """The codec of a folder of models: the miniature's own, or the pretrained one that its vae.safetensors links to."""
+    path = Path(folder) / "vae.safetensors"
+    if not (how := linked(path)):
+        return load_vae(folder)
+    return load_wan_vae(how["source"], device="cuda" if torch.cuda.is_available() else "cpu")

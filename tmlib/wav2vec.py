@@ -16,13 +16,14 @@ Windows of latent frames, clock and sampling are those of `SpeechEncoder.times`.
 """
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .audio import RATE, SpeechEncoder, cut
+from .audio import RATE, SpeechEncoder, cut, load_encoder
 from .config import UserError
-from .hub import find_part, load_part, read_json
+from .hub import find_part, linked, load_part, read_json
 
 FLOOR = 1e-7                                     # under the variance, as in transformers' feature extractor
 
@@ -79,7 +80,7 @@ class Wav2VecEncoder(nn.Module):
 
     @property
     def history_samples(self) -> int:
-        """Sound that must be kept before a group's first video frame (`Streamer.history_s` seconds or more)."""
+        """Sound that must be kept before a group's first video frame."""
         c = self.cfg
         return ceil((c.context / c.fps + c.past_s) * RATE + self.sees / 2 + 2 * self.hop)
 
@@ -154,3 +155,15 @@ def load_wav2vec(source, cfg: Wav2VecConfig = Wav2VecConfig(), dtype=torch.float
         cfg = replace(cfg, normalise=extractor.get("do_normalize", True))
     net = load_part(Wav2Vec2Model, folder, dtype, device, optional=("masked_spec_embed",))    # that one trains only
     return Wav2VecEncoder(net, cfg).eval()
+
+
+def load_speech(folder) -> SpeechEncoder | Wav2VecEncoder:
+    """The speech encoder of a folder of models: the miniature's own, or the pretrained one that its speech.safetensors links to."""
+    path = Path(folder) / "speech.safetensors"
+    if not (how := linked(path)):
+        return load_encoder(folder)
+    try:
+        cfg = Wav2VecConfig(**{name: value for name, value in how.items() if name != "source"})
+    except TypeError as error:
+        raise UserError(f"{path}: not settings of a Wav2Vec2 encoder ({error}); correct speech.wav2vec in params.yaml") from error
+    return load_wav2vec(how["source"], cfg, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """Folders of weights in diffusers' layout: config.json, safetensors (sharded when large), and our own tm_config.json.
 
+- Wan2.1's own checkpoints, of other names in the same files, are read too.
 - The Wan part of a folder is exactly what diffusers writes; audio weights lie beside it in tm_audio.safetensors.
 - Weights stream in one tensor at a time: 16 B parameters never exist twice. No pickle is ever read.
 - Every file is written beside its place and renamed.
@@ -7,17 +8,46 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
 
 from .config import UserError, atomic
+from .hub import read_json, weight_files
 
 SHARD = 5_000_000_000                                       # bytes per safetensors file
 STEM = "diffusion_pytorch_model"                            # diffusers' name for weights
 AUDIO_FILE = "tm_audio.safetensors"
 FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")     # whatever the dtype, as in diffusers
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None}    # the only Wan we build
+
+
+# Wan2.1's own names of parameters, and diffusers', which are ours. What stands before (blocks.N.) and behind (.weight, .bias) is the
+# same in both. The norm before cross-attention is Wan's third and our second; the others have no weights.
+OF_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+                "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+IN_BLOCK = {**{f"{a}.{wan}": f"{b}.{ours}" for a, b in (("self_attn", "attn1"), ("cross_attn", "attn2")) for wan, ours in OF_ATTENTION.items()},
+            "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"}
+AT_ROOT = {"head.head": "proj_out", "head.modulation": "scale_shift_table", **{wan: f"condition_embedder.{ours}" for wan, ours in {
+    "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2", "time_projection.1": "time_proj",
+    "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
+    "img_emb.proj.0": "image_embedder.norm1", "img_emb.proj.1": "image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "image_embedder.ff.net.2", "img_emb.proj.4": "image_embedder.norm2"}.items()}}
+
+
+def renamed(name: str, back: bool = False) -> str:
+    """Wan2.1's own name of a parameter -> ours, which stays as it is; back: ours -> Wan2.1's."""
+    block, middle, end = re.fullmatch(r"(blocks\.\d+\.|)(.+?)(\.weight|\.bias|)", name).groups()
+    table = IN_BLOCK if block else AT_ROOT
+    return block + ({ours: wan for wan, ours in table.items()} if back else table).get(middle, middle) + end
+
+
+def original_config(wan: dict) -> dict:
+    """config.json of a Wan2.1 checkpoint (WanModel) in diffusers' words; what it leaves out are constants of Wan2.1's code."""
+    return {"num_attention_heads": wan["num_heads"], "attention_head_dim": wan["dim"] // wan["num_heads"], "num_layers": wan["num_layers"],
+            "ffn_dim": wan["ffn_dim"], "in_channels": wan["in_dim"], "out_channels": wan["out_dim"], "freq_dim": wan["freq_dim"],
+            "eps": wan["eps"], "text_dim": wan.get("text_dim", 4096), "image_dim": wan.get("image_dim", 1280) if wan["model_type"] == "i2v" else None}
 
 
 def replace(config, overrides):
@@ -77,37 +107,13 @@ def write_json(path, values):
 
 # Reading
 
-def find_folder(folder):
-    """The folder that holds config.json: itself, its transformer/ part, or a download of a hub id such as "Wan-AI/..."."""
-    path = Path(folder)
-    if not path.is_dir():
-        if str(folder).count("/") != 1 or path.is_absolute() or str(folder).startswith("."):
-            raise UserError(f"{folder}: no such model folder; train one first (make repro) or give a folder or a hub id")
-        path = download(str(folder))
-    for candidate in (path, path / "transformer"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(f"{folder}: no config.json there; give a folder written by save_pretrained or by diffusers")
-
-
-def download(hub_id):
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(hub_id, allow_patterns=["transformer/*", "config.json", f"{STEM}*", "tm_*"]))
-    except Exception as error:
-        raise UserError(f"{hub_id}: neither a folder here nor a model that could be downloaded ({type(error).__name__})") from error
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}); restore or save it again") from error
-
-
 def read_config(folder, cls, ours):
     """A `cls` from config.json and tm_config.json; `ours`: what the latter's fields are where there is no such file."""
     wan = read_json(folder / "config.json")
+    try:
+        wan = original_config(wan) if wan.get("_class_name") == "WanModel" else wan
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: not a Wan configuration ({error} is missing); copy it again") from error
     for name, value in FIXED.items():
         if wan.get(name, value) != value:
             raise UserError(f"{folder / 'config.json'}: {name} = {wan[name]!r} is not supported, only {value!r}")
@@ -121,28 +127,18 @@ def read_config(folder, cls, ours):
         raise UserError(f"{folder / 'config.json'}: not a Wan configuration ({error})") from error
 
 
-def files(folder):
-    """The safetensors files of a folder; a file that the index names must be there."""
-    index = folder / f"{STEM}.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{STEM}.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; the folder is incomplete, copy or save it again")
-    return [folder / n for n in names] + [f for f in [folder / AUDIO_FILE] if f.is_file()]
-
-
 def load_into(model, folder, dtype=None, device="cpu", optional="audio"):
     """Give the meta-device `model` its weights; returns the names (all holding `optional`) that the folder lacks, left empty."""
     from safetensors import SafetensorError, safe_open
     wanted, found = dict(model.named_parameters()), set()
-    for path in files(folder):
+    for path in weight_files(folder) + [f for f in [folder / AUDIO_FILE] if f.is_file()]:
         try:
             with safe_open(path, framework="pt", device=str(device)) as f:
                 for name in f.keys():
                     if name.endswith("norm_added_q.weight"):             # in some Wan conversions, used by none
                         continue
-                    put(model, wanted, name, f.get_tensor(name), dtype, path)
-                    found.add(name)
+                    put(model, wanted, renamed(name), f.get_tensor(name), dtype, path)
+                    found.add(renamed(name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from error
     missing = sorted(set(wanted) - found)

@@ -70,8 +70,8 @@ def test_the_attentions_timed_are_those_counted():
 @needs_diffusers
 def test_it_decodes_beside_the_model(written):
     first, second = written.values()
-    assert set(first["vae"]) == {"eager", "together+channels_last+autotune+compile", *decoding.SWITCHES}
-    assert set(second["vae"]) == {"together+channels_last+autotune", "together", "channels_last", "autotune"}
+    plain = {"together", "by_frames", "channels_last", "autotune", "together+by_frames+channels_last+autotune"}
+    assert set(first["vae"]) == plain | {"eager", "compile", "together+by_frames+channels_last+autotune+compile"} and set(second["vae"]) == plain
     for vae in (first["vae"], second["vae"]):
         assert all(form["ms_p50"] > 0 for form in vae.values()) and TINY_VAE.items() <= next(iter(vae.values())).items()
     assert all(form["error"] < 1e-4 for form in first["vae"].values()) and all(0 < form["error"] < 0.1 for form in second["vae"].values())
@@ -92,6 +92,12 @@ def test_a_zero_decoder_is_not_timed():
     vae.net.decoder.conv_out.bias.zero_()
     with pytest.raises(RuntimeError, match="constant"):
         decoding.timed(vae, z, 1, CPU)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
+def test_frames_stacked_are_a_3d_convolution(kernel):
+    conv, x = torch.nn.Conv3d(4, 6, kernel), torch.randn(2, 4, 7, 5, 6)
+    torch.testing.assert_close(decoding.by_frames(x, conv.weight, conv.bias), conv(x))
 
 
 def test_placements_play_one_stream():
@@ -186,6 +192,26 @@ def test_a_wrong_form_is_reported_and_the_others_measured(monkeypatch, tmp_path)
     (result,) = json.loads((tmp_path / "a.json").read_text()).values()
     assert set(result["runs"]) == {"2x1 attention"}
     assert "wrong, not rounded" in result["missing"]["qkv"] and result["missing"]["compile"] == "RuntimeError: no such kernel"
+
+
+def test_a_form_that_cannot_be_recorded_runs_without(monkeypatch):
+    """Graphs are the one switch that may fail for all: the others together are then measured without them."""
+    def unable(dit):
+        raise RuntimeError("capture failed")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "forms", lambda args, device: {"together": [("qkv", "graphs")]})
+    monkeypatch.setattr(bench.fast, "Graphed", type("Unable", (), {"__new__": lambda cls, dit: unable(dit)}))
+    result = bench.bench(bench.arguments().parse_args([*QUICK, "--parts", "together"]), CPU)
+    assert set(result["runs"]) == {"2x1 qkv"} and result["missing"]["qkv+graphs"] == "RuntimeError: capture failed"
+
+
+def test_without_a_compiler_the_rest_is_measured(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C compiler")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.torch, "compile", broken)
+    result = bench.bench(bench.arguments().parse_args([*QUICK, "--compile", "--parts", "together"]), CPU)
+    assert set(result["runs"]) == {"2x1 qkv+attention"} and result["missing"]["compile"] == "RuntimeError: no C compiler"
 
 
 def test_memory_that_grows_is_seen():

@@ -35,9 +35,9 @@ PARTS = ("eager", "together", "alone")                    # of the measurements:
 BOUNDS = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}          # relative error of a few layers above which a form is wrong, not rounded
 SHIFT = 5.0
 LAYERS_CHECKED = 2
-LONGEST_S = 15                                            # of timing one form at one setting, warm-up aside
+LONGEST_S = 8                                             # of timing one form at one setting, warm-up aside
 OVER = "no time left in the budget"
-ALONE = "diffusers is not installed: the DiT alone was timed"
+ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
 
 
 class Setting(NamedTuple):
@@ -143,8 +143,9 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
-    on = tuple(s for s in decoding.SWITCHES if args.compile or s != "compile")
-    return {"eager": [()], "together": [on], "alone": [(s,) for s in on]}
+    """As `forms`; those that need no compilation are cheap, and first: the fastest of all is who plays beside the model."""
+    plain, last = tuple(s for s in decoding.SWITCHES if s != "compile"), ("compile",) * args.compile
+    return {"eager": [()], "together": [*((s,) for s in plain), plain, *([plain + last] if last else [])], "alone": [last] if last else []}
 
 
 def attentions(c, chunk, tokens) -> list[tuple[int, int, int]]:
@@ -166,7 +167,7 @@ class Session:
         model = plan.build(args.variant, chunk=args.settings[0].chunk, **({"num_layers": args.layers} if args.layers else {}))
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
         self.vae = self.kernel = self.reference = None
-        self.diffusers = find_spec("diffusers") is not None
+        self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
         self.result = {**provenance(args, device), "options": options(args), "parameters": plan.parameters(model), "runs": {}, "vae": {},
                        "missing": {} if self.diffusers else {"diffusers": ALONE},
                        "least_gb": {str(s): s.steps * plan.step_bytes(self.c, plan.parameters(model), s.chunk, math.prod(self.place),
@@ -182,7 +183,7 @@ class Session:
         else:
             try:
                 do()
-            except (RuntimeError, UserError) as error:
+            except Exception as error:                                  # whatever it is: the other measurements are not to blame
                 lines = str(error).strip().splitlines() or [""]
                 self.result["missing"][what] = f"{type(error).__name__}: {lines[0][:200]}"
                 print(f"{what:44s} {self.result['missing'][what]}", flush=True)
@@ -197,6 +198,9 @@ class Session:
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
         self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get)
         self.reference = compare(self.args, (), self.kernel, self.place, device)
+        if self.args.compile:
+            self.attempt("compile", lambda: torch.compile(lambda x: x.sin() + 1, backend=self.args.backend)(torch.ones(8, device=device)))
+            self.args.compile = "compile" not in self.result["missing"]        # without a compiler at hand all forms would fail
 
     def decoder(self, switches):
         """One form of the decoder, kept for the placements if it is the fastest so far."""
@@ -264,6 +268,9 @@ def bench(args, device, save=lambda result: None) -> dict:
         for switches in forms(args, device)[part]:
             settings = args.settings if part == "together" else args.settings[:1]
             session.attempt(named(switches), lambda: session.run(switches, settings), kind=part)
+            plain = tuple(s for s in switches if s != "graphs")
+            if part == "together" and plain != switches and session.result["missing"].get(named(switches), OVER) != OVER:
+                session.attempt(named(plain), lambda: session.run(plain, settings), kind=part)         # recording failed: all the rest
     fast.use_attention("auto"), decoding.restore()
     return session.result
 

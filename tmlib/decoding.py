@@ -1,35 +1,52 @@
-"""The video decoder's share: its forms, each measured alone and together, and where it runs beside the DiT."""
+"""The video decoder's share: its forms, each measured alone and together, and where it runs beside the DiT.
+
+A decoder is a `wan_vae.WanVAE`, whose past the caller keeps: one decoder serves every stream measured here.
+"""
 
 import time
 
 import torch
+import torch.nn.functional as F
 
 from . import stand_in
 from .clock import measure, typical
-from .wan_vae import WanVAE
 
-SWITCHES = ("together", "channels_last", "autotune", "compile")
+SWITCHES = ("together", "by_frames", "channels_last", "autotune", "compile")
 
 
-def decoder(switches, device, dtype, chunk=3, backend="inductor", **shape) -> WanVAE:
-    """A random decoder in one of its forms. together: all latents of a chunk in one call; channels_last: the layout of tensor cores;
-    autotune: cuDNN tries its convolutions (for the process: `restore` ends it); compile: elementwise work fused."""
+def decoder(switches, device, dtype, chunk=3, backend="inductor", **shape):
+    """A random decoder in one of its forms. together: all latents of a chunk in one call; by_frames: 2D convolutions for 3D ones;
+    channels_last: the layout of tensor cores; autotune: cuDNN tries its convolutions (for the process: `restore` ends it); compile:
+    elementwise work fused."""
     vae = stand_in.random_vae(device, dtype, **shape)
     torch.backends.cudnn.benchmark = "autotune" in switches
     vae.together = chunk if "together" in switches else 1
-    if "channels_last" in switches:
-        for conv in (m for m in vae.net.modules() if isinstance(m, torch.nn.Conv3d)):
+    for conv in (m for m in vae.net.modules() if isinstance(m, torch.nn.Conv3d)):
+        if "by_frames" in switches:
+            conv._conv_forward = by_frames
+        if "channels_last" in switches:
             conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last_3d)
     if "compile" in switches:
         vae.net.decoder.compile(backend=backend, dynamic=False)
     return vae
 
 
+def by_frames(x, weight, bias):
+    """A 3D convolution of padded x (B, C, T + k - 1, H, W), stride 1, as one 2D convolution over k stacked frames: cuDNN has more and faster
+    kernels for these, and some of its versions have none for bfloat16 in 3D."""
+    k = weight.shape[2]
+    x = x.movedim(1, 2)                                                                  # (B, T + k - 1, C, H, W)
+    x = torch.cat([x[:, i : x.shape[1] - k + 1 + i] for i in range(k)], 2)               # (B, T, k C, H, W)
+    flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(flat, weight.movedim(2, 1).flatten(1, 2), bias)                         # (B T, D, H, W)
+    return y.unflatten(0, x.shape[:2]).movedim(1, 2)                                     # (B, D, T, H, W)
+
+
 def restore() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def error(vae: WanVAE, reference: WanVAE, chunk: int, device, cells=4) -> float:
+def error(vae, reference, chunk: int, device, cells=4) -> float:
     """Relative error of two chunks of a small picture, the second from the first's cache, against the same weights in float32."""
     z = torch.randn(1, 16, 2 * chunk, cells, cells, generator=torch.Generator(device).manual_seed(2), device=device)
     made = []
@@ -39,7 +56,7 @@ def error(vae: WanVAE, reference: WanVAE, chunk: int, device, cells=4) -> float:
     return float((made[0] - made[1]).norm() / made[1].norm())
 
 
-def timed(vae: WanVAE, z, n, device) -> dict:
+def timed(vae, z, n, device) -> dict:
     """Milliseconds of a chunk of latents z (1, 16, chunk, H, W) in the steady state."""
     _, past = vae.decode(z)
     for _ in range(2):
@@ -49,7 +66,7 @@ def timed(vae: WanVAE, z, n, device) -> dict:
     return typical(measure(lambda: vae.decode(z, past), n, device))
 
 
-def decode_on(side, vae: WanVAE, x_0, past):
+def decode_on(side, vae, x_0, past):
     """The decoder on a CUDA stream of its own, after x_0 is there; side None: in turn."""
     if side is None:
         return vae.decode(x_0, past)
@@ -59,7 +76,7 @@ def decode_on(side, vae: WanVAE, x_0, past):
         return vae.decode(x_0, past)
 
 
-def placements(vae: WanVAE, next_chunk, restart, n, device) -> dict:
+def placements(vae, next_chunk, restart, n, device) -> dict:
     """Milliseconds of a chunk and frames per second of DiT and decoder on this one device: "serial", and on a GPU "overlap", where the
     DiT makes the next chunk meanwhile; then the time to the first frames of a new stream.
 

@@ -9,7 +9,6 @@ import torch
 from . import attention as att
 from . import plan, weights
 from .dit import WanDiT
-from .wan_vae import WanVAE
 
 
 def random_dit(variant: str, device, dtype, seed=0, **overrides) -> WanDiT:
@@ -24,9 +23,11 @@ def random_dit(variant: str, device, dtype, seed=0, **overrides) -> WanDiT:
     return dit.eval().requires_grad_(False)
 
 
-def random_vae(device, dtype, seed=0, **shape) -> WanVAE:
-    """Wan's codec, its encoder left out. Raises ImportError without diffusers. shape: of AutoencoderKLWan, by default Wan2.1's."""
+def random_vae(device, dtype, seed=0, **shape):
+    """Wan's codec, a `wan_vae.WanVAE` without its encoder. Raises ImportError without diffusers. shape: of AutoencoderKLWan, by default Wan2.1's."""
     from diffusers import AutoencoderKLWan
+
+    from .wan_vae import WanVAE
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(seed)
         net = AutoencoderKLWan(**shape)

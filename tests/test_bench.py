@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tmlib import baselines, bench, clock, config, decoding, plan, stand_in
+from tmlib import baselines, bench, clock, config, decoding, plan, stand_in, timing
 from tmlib.config import UserError
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_zeros_and_nan_are_never_timed(monkeypatch, spoil, words):
         dit.proj_out.weight.fill_(spoil), dit.proj_out.bias.fill_(spoil)
         return dit
     monkeypatch.setattr(stand_in, "random_dit", spoiled)
-    monkeypatch.setattr(bench.flow, "few_step", lambda model, noise, ts, *_, **__: model(0, noise(0)))      # the velocity itself
+    monkeypatch.setattr(timing.flow, "few_step", lambda model, noise, ts, *_, **__: model(0, noise(0)))      # the velocity itself
     with pytest.raises(UserError, match=words):
         bench.bench(bench.arguments().parse_args(QUICK), CPU)
 
@@ -185,8 +185,8 @@ def test_a_wrong_form_is_reported_and_the_others_measured(monkeypatch, tmp_path)
 
     def broken(kernel):
         raise RuntimeError("no such kernel\nand much more")
-    monkeypatch.setattr(bench.fast, "fuse_qkv", wrong)
-    monkeypatch.setattr(bench.fast, "compile_blocks", lambda dit, backend: broken(backend))
+    monkeypatch.setattr(timing.fast, "fuse_qkv", wrong)
+    monkeypatch.setattr(timing.fast, "compile_blocks", lambda dit, backend: broken(backend))
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert bench.main([*QUICK, "--parts", "alone", "--compile", "--out", str(tmp_path / "a.json")]) == 1
     (result,) = json.loads((tmp_path / "a.json").read_text()).values()
@@ -200,7 +200,7 @@ def test_a_form_that_cannot_be_recorded_runs_without(monkeypatch):
         raise RuntimeError("capture failed")
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "forms", lambda args, device: {"together": [("qkv", "graphs")]})
-    monkeypatch.setattr(bench.fast, "Graphed", type("Unable", (), {"__new__": lambda cls, dit: unable(dit)}))
+    monkeypatch.setattr(timing.fast, "Graphed", type("Unable", (), {"__new__": lambda cls, dit: unable(dit)}))
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--parts", "together"]), CPU)
     assert set(result["runs"]) == {"2x1 qkv"} and result["missing"]["qkv+graphs"] == "RuntimeError: capture failed"
 
@@ -230,7 +230,7 @@ def test_a_spent_budget_leaves_what_there_is():
 
 def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):
     """Killed while it measures the second form: the first is there, and so is what earlier calls wrote."""
-    out, real = tmp_path / "a.json", bench.timed
+    out, real = tmp_path / "a.json", timing.timed
     out.write_text('{"earlier": {"runs": {}}}')
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
 
@@ -238,7 +238,7 @@ def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):
         if (tmp_path / "a.json").read_text().count('"form"'):
             raise KeyboardInterrupt
         return real(dit, *how)
-    monkeypatch.setattr(bench, "timed", killed)
+    monkeypatch.setattr(timing, "timed", killed)
     with pytest.raises(KeyboardInterrupt):
         bench.main([*QUICK, "--out", str(out)])
     earlier, mine = json.loads(out.read_text()).values()

@@ -34,12 +34,13 @@ ALLOWED = {
     "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "measured": "", "report": "measured metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers", "budget": "attention plan scales",
-    "stand_in": "attention dit plan weights", "decoding": "clock stand_in", "baselines": "attention clock stand_in",
+    "stand_in": "attention dit plan weights", "decoding": "clock stand_in",
+    "timing": "attention chain clock decoding fast flow plan stand_in", "baselines": "attention clock stand_in",
 }
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "stand_in", "decoding", "baselines", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "stand_in", "decoding", "timing", "baselines", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
 
 

@@ -9,7 +9,6 @@ What is special
 """
 
 import argparse
-import gc
 import math
 import platform
 import re
@@ -18,124 +17,25 @@ import time
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from . import attention as att
-from . import baselines, clock, config, decoding, fast, flow, plan, stand_in
-from .chain import Chain, bare
-from .clock import measure, typical
+from . import baselines, clock, config, decoding, fast, plan, stand_in, timing
 from .config import UserError
 from .dit import VARIANTS
+from .timing import DTYPES, Setting, compare, form, named
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")
 PARTS = ("eager", "together", "alone")                    # of the measurements: --parts
 BOUNDS = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}          # relative error of a few layers above which a form is wrong, not rounded
-SHIFT = 5.0
-LAYERS_CHECKED = 2
-LONGEST_S = 8                                             # of timing one form at one setting, warm-up aside
 OVER = "no time left in the budget"
 ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
-
-
-class Setting(NamedTuple):
-    """Latent frames per chunk and denoising steps: "3x2"."""
-
-    chunk: int
-    steps: int
-
-    @classmethod
-    def parse(cls, text: str):
-        parts = text.split("x")
-        if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-            raise UserError(f"--settings {text}: give latent frames per chunk x denoising steps, such as 3x2")
-        if 3 * int(parts[0]) > att.WINDOW:
-            raise UserError(f"--settings {text}: chunk 0, the previous and the present one must fit {att.WINDOW} latent frames")
-        return cls(*map(int, parts))
-
-    def __str__(self):
-        return f"{self.chunk}x{self.steps}"
-
-
-# One form of the model
-
-def form(args, switches, device, kernel="auto", layers=None):
-    """The model with its switches on. The order matters: attention is settled before compilation, graphs wrap it all."""
-    gc.collect(), torch.cuda.empty_cache()                              # the form before this one must not be there any more
-    torch._dynamo.reset()                                               # and compiled graphs have its attention kernel baked in
-    fast.use_attention(kernel if "attention" in switches else "auto")
-    dit = stand_in.random_dit(args.variant, device, DTYPES[args.dtype], args.seed, chunk=args.settings[0].chunk,
-                              **({} if layers is None else {"num_layers": layers}))
-    dit = fast.fuse_qkv(dit) if "qkv" in switches else dit
-    dit = fast.to_fp8(dit) if "fp8" in switches else dit
-    dit = fast.compile_blocks(dit, backend=args.backend) if "compile" in switches else dit
-    return fast.Graphed(dit) if "graphs" in switches else dit
-
-
-def new_chain(dit, scene, steps):
-    if isinstance(dit, fast.Graphed):
-        dit.forget()
-    return Chain(dit, scene.cond, flow.timesteps(steps, SHIFT), chunk=scene.chunk)
-
-
-def to_steady_state(chain, scene):
-    """Chunks until positions are pinned, and two more: graphs run once as they are and are then recorded."""
-    for _ in range(math.ceil(att.WINDOW / chain.chunk) + 2):
-        x_0 = scene.next(chain)
-    return x_0
-
-
-def checked(x, what):
-    if not torch.isfinite(x).all() or x.float().std() == 0:
-        raise UserError(f"bench: {what} gave latents that are {'constant' if x.isfinite().all() else 'not finite'}: nothing to time")
-    return x
-
-
-def compare(args, switches, kernel, place, device, reference=None):
-    """Latents of a shallow model's chunk after a whole window; with a `reference`, their error relative to it."""
-    dit = form(args, switches, device, kernel, layers=min(LAYERS_CHECKED, args.layers or LAYERS_CHECKED))
-    if reference is None:
-        dit = dit.float()                                               # the same weights, rounded as they are at speed
-    scene = stand_in.Scene(bare(dit).config, *place, args.settings[0].chunk, device)
-    x_0 = checked(to_steady_state(new_chain(dit, scene, args.settings[0].steps), scene), f"the check of {'+'.join(switches) or 'eager'}")
-    return x_0 if reference is None else float((x_0 - reference).norm() / reference.norm())
-
-
-def timed(dit, setting, place, device, n, rate, vae=None) -> dict:
-    """One form at one setting: steady chunks, whether memory stays, a new stream's first chunk; with a decoder, both on this device."""
-    c = bare(dit).config
-    scene = stand_in.Scene(c, *place, setting.chunk, device)
-    counted = plan.total(plan.chunk_flops(c, setting.chunk, math.prod(place), setting.steps))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    chain = new_chain(dit, scene, setting.steps)
-    to_steady_state(chain, scene)
-    n = max(3, min(n, round(1000 * LONGEST_S / clock.median(lambda: scene.next(chain), 1, device, warm=0))))
-    last, before = [], clock.held(device)
-    found = typical(measure(lambda: last.__setitem__(slice(None), [scene.next(chain)]), n, device))
-    checked(last.pop(), "the timed stream")
-    found |= {"grown_bytes": clock.held(device) - before, "tflop": counted / 1e12, "tflops": counted / found["ms_p50"] / 1e9}
-    found |= {"mfu": found["tflops"] / rate, "dit_fps": 4000 * setting.chunk / found["ms_p50"]}
-    if device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    streams = [chain]
-
-    def restart():
-        streams.clear()                                                 # large chunks' caches fit once
-        streams.append(new_chain(dit, scene, setting.steps))
-    if vae is not None:
-        found |= decoding.placements(vae, lambda: scene.next(streams[0]), restart, n, device)
-    del chain
-    restart()
-    return found | {"first_chunk_ms": measure(lambda: scene.next(streams[0]), 1, device)[0]}
 
 
 # All of them
 
 def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
-    """The switches of each part: none; all that this machine has, and the same without fp8; each alone."""
+    """The switches of each part: none; all that this machine has, without fp8 and with it; each alone."""
     able = {"qkv": True, "attention": True, "compile": args.compile, "graphs": device.type == "cuda", "fp8": args.dtype == "fp8"}
     on = tuple(s for s in SWITCHES if able[s])
     without = tuple(s for s in on if s != "fp8")
@@ -154,10 +54,6 @@ def attentions(c, chunk, tokens) -> list[tuple[int, int, int]]:
     return [(1, L, 3 * L), (1, L, plan.TEXT), *([(1, L, plan.IMAGE)] if c.image_dim else []), *sound]
 
 
-def named(switches) -> str:
-    return "+".join(switches) or "eager"
-
-
 class Session:
     """One call: what it has found so far, what it may still start."""
 
@@ -168,12 +64,12 @@ class Session:
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
         self.vae = self.kernel = self.reference = None
         self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
-        self.result = {**provenance(args, device), "options": options(args), "parameters": plan.parameters(model), "runs": {}, "vae": {},
-                       "missing": {} if self.diffusers else {"diffusers": ALONE},
-                       "least_gb": {str(s): s.steps * plan.step_bytes(self.c, plan.parameters(model), s.chunk, math.prod(self.place),
-                                                                      DTYPES[args.dtype].itemsize) / 1e9 for s in args.settings},
-                       "planned_gb": {f"{s} {d}": sum(plan.streaming_memory(model, s.chunk, math.prod(self.place), s.steps, width).values()) / 1e9
-                                      for s in args.settings for d, width in plan.WIDTHS.items()}}
+        tokens, count, width = math.prod(self.place), plan.parameters(model), DTYPES[args.dtype].itemsize
+        least = lambda s: s.steps * plan.step_bytes(self.c, count, s.chunk, tokens, width) / 1e9
+        planned = lambda s, width: sum(plan.streaming_memory(model, s.chunk, tokens, s.steps, width).values()) / 1e9
+        self.result = {**provenance(args, device), "options": options(args), "parameters": count, "runs": {}, "vae": {},
+                       "missing": {} if self.diffusers else {"diffusers": ALONE}, "least_gb": {str(s): least(s) for s in args.settings},
+                       "planned_gb": {f"{s} {d}": planned(s, width) for s in args.settings for d, width in plan.WIDTHS.items()}}
 
     def attempt(self, what, do, kind=None):
         """do(), if it will probably end in time; out of memory, no such kernel: a line in "missing", and the rest still counts."""
@@ -199,7 +95,8 @@ class Session:
         self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get)
         self.reference = compare(self.args, (), self.kernel, self.place, device)
         if self.args.compile:
-            self.attempt("compile", lambda: torch.compile(lambda x: x.sin() + 1, backend=self.args.backend)(torch.ones(8, device=device)))
+            small = lambda: torch.compile(lambda x: x.sin() + 1, backend=self.args.backend)(torch.ones(8, device=device))
+            self.attempt("compile", small)
             self.args.compile = "compile" not in self.result["missing"]        # without a compiler at hand all forms would fail
 
     def decoder(self, switches):
@@ -230,11 +127,12 @@ class Session:
 
         def at(setting):
             vae = self.vae if len(switches) != 1 else None
-            row = timed(dit, setting, self.place, device, args.repeats, self.result["machine"]["matmul_tflops"], vae)
-            self.result["runs"][f"{setting} {label}"] = row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error, **row}
-            fps = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
-            print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  {row['dit_fps']:6.1f} frames/s"
-                  + (f", with VAE {fps:6.1f}" if fps else "") + f"  error {error:.2g}", flush=True)
+            row = timing.timed(dit, setting, self.place, device, args.repeats, self.result["machine"]["matmul_tflops"], vae)
+            row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error, **row}
+            self.result["runs"][f"{setting} {label}"] = row
+            whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
+            print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"
+                  f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)
         for setting in settings:
             self.attempt(f"{setting} {label}", lambda: at(setting), kind=f"{setting}")
         if not switches:
@@ -252,8 +150,8 @@ class Session:
         """Where the time of one more chunk in the steady state goes."""
         first = self.args.settings[0]
         scene = stand_in.Scene(self.c, *self.place, first.chunk, self.device)
-        chain = new_chain(dit, scene, first.steps)
-        to_steady_state(chain, scene)
+        chain = timing.new_chain(dit, scene, first.steps)
+        timing.to_steady_state(chain, scene)
         return clock.where_time_goes(lambda: scene.next(chain), self.device)
 
 

@@ -17,7 +17,7 @@ endif
 # Running a notebook by hand leaves outputs and kernel metadata in it; with these keys too, its bytes are restored.
 STRIP := --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help env doctor test repro lab talk strip check-stripped clean-scratch
+.PHONY: help env doctor test repro lab plan bench talk strip check-stripped clean-scratch
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -53,6 +53,12 @@ endif
 
 lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
 	@$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)
+
+plan: $(READY)  ## parameters, memory, FLOPs of the full-size model, before a GPU is rented; ARGS='wan-i2v-14b --gpus 16'
+	@$(PY) -m tmlib.plan $(or $(ARGS),talkingmachines-18b)
+
+bench: $(READY)  ## measure the full-size model on this machine's GPU -> data/measured/; ARGS='--settings 3x2' and more, see --help
+	@$(PY) -m tmlib.bench $(ARGS)
 
 talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
 	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }

@@ -153,6 +153,7 @@ def test_features_are_of_every_fourth_frame(bench):
 def test_flow_loss_by_hand(tmp_path):
     latents, levels = make_latents(tmp_path), (200, 600)
     dit = lambda x, t, **conditions: torch.zeros_like(x[:, :16])
+    dit.device = "cpu"
     got = evaluate.flow_loss(dit, latents, True, levels)
     for i in range(4):
         z, w = latents.store["z"][i], latents.store["weight"][i]

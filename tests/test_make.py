@@ -111,10 +111,19 @@ def test_a_notebook_run_by_hand_stops_repro_and_strip_restores_it(tmp_path):
     assert make(tmp_path, "strip").returncode == 0 and source.read_bytes() == clean
 
 
+def test_plan_and_bench_run_their_modules(tmp_path):
+    lay_out(tmp_path)
+    for name in ("plan", "bench"):
+        (tmp_path / "tmlib" / f"{name}.py").write_text(f"import sys\nprint('{name}', sys.argv[1:])\n")
+    assert make(tmp_path, "plan").stdout == "plan ['talkingmachines-18b']\n"
+    assert make(tmp_path, "plan", "ARGS=smoke --gpus 2").stdout == "plan ['smoke', '--gpus', '2']\n"
+    assert make(tmp_path, "bench").stdout == "bench []\n" and make(tmp_path, "bench", "ARGS=--layers 2").stdout == "bench ['--layers', '2']\n"
+
+
 def test_help_and_clear_errors(tmp_path):
     lay_out(tmp_path)
     done = make(tmp_path)
-    assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "talk", "clean-scratch", "strip"))
+    assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "plan", "bench", "talk", "clean-scratch", "strip"))
     make(tmp_path, "strip")
     done = make(tmp_path, "repro", "SCALE=huge")
     assert done.returncode and "no scale `huge`; known: mini, smoke" in done.stderr

@@ -214,6 +214,16 @@ def test_what_a_chunk_costs():
     assert [round(x, n) for x, n in zip(seven, (0, 0, 0, 2, 2, 0, 0))] == [278, 171, 107, 1.08, 2.17, 26, 13]
 
 
+def test_what_fits_a_card():
+    """Four caches of seven latent frames and 18 B weights are too much for 80 GB in bf16; in fp8 they are not."""
+    dit = plan.build("talkingmachines-18b")
+    table = plan.fits(dit, 1024)
+    gb = sum(plan.streaming_memory(dit, 7, 1024, 4, 2).values()) / 1e9
+    assert 80 < gb < 90 and table["chunk 7, 4 steps"] == [f"{gb:.1f}, fits 141", table["chunk 7, 4 steps"][1]]
+    assert all(cell.endswith("fits 80") for name, cells in table.items() for cell in cells[name == "chunk 7, 4 steps":])
+    assert plan.fits(dit, 8192)["chunk 7, 4 steps"][0].endswith("fits none")
+
+
 # The command
 
 def test_the_command_prints_its_tables(capsys):

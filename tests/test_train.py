@@ -261,7 +261,7 @@ def test_noise_levels_are_stratified(tmp_path):
         seen.append((x, t, conditions))
         return torch.zeros_like(x[:, :16])
 
-    dit.loss_weight = lambda x, t: 1.0
+    dit.loss_weight, dit.device = lambda x, t: 1.0, "cpu"
     out = train.flow_matching_loss(dit, latents, flow_params())(generator(0), 0)
     x, t, conditions = seen[0]
     u = flow.unshift_sigma(t.double() / 1000, 3.0)

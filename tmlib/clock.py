@@ -1,5 +1,6 @@
 """Clocks, and what a machine can do at most: the ceilings that a measured model is held against."""
 
+import gc
 import re
 import time
 
@@ -34,6 +35,16 @@ def typical(ms: list[float]) -> dict[str, float]:
 def median(run, n, device, warm=3) -> float:
     measure(run, warm, device)
     return typical(measure(run, n, device))["ms_p50"]
+
+
+def held(device) -> int:
+    """Bytes of tensors that are alive: on a GPU as its allocator counts them, elsewhere those that Python can reach."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    alive = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device == device]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values())
 
 
 def ceilings(dtype, device, fp8=False) -> dict:

@@ -25,6 +25,7 @@ TEXT, IMAGE = 512, 257                            # tokens of UMT5 and CLIP in W
 STRIDE, FPS = 4, 16                               # video frames per latent frame, per second
 WIDTHS = {"fp32": 4, "bf16": 2, "fp8": 1}         # bytes per element
 RATE = 790e12 * 0.65                              # assumed: an H200's dense bf16 at 65 % utilisation
+CARDS, CODEC = (80, 141), 4                       # GB of a card; assumed of the codec's decoder: weights, past, the pictures of a chunk
 NO_INPUT_GRADIENT = ("patch", "time in", "text in")              # first on their path: backward makes a weight gradient only
 KNOWN = frozenset({"time", "text", "image"})      # what a stream remembers for ever; audio from a chunk's second step on
 
@@ -251,6 +252,15 @@ def paper_rows(c, tokens, reference=None, rate=RATE) -> dict[str, list]:
     return rows
 
 
+def fits(dit, tokens: int) -> dict[str, list[str]]:
+    """Per setting, GB in bf16 and in fp8, and the smallest of CARDS that holds them beside the codec."""
+    def cell(chunk, steps, width):
+        gb = sum(streaming_memory(dit, chunk, tokens, steps, width).values()) / 1e9
+        card = next((card for card in CARDS if gb + CODEC <= card), None)
+        return f"{gb:.1f}, {f'fits {card}' if card else 'fits none'}"
+    return {f"chunk {chunk}, {steps} steps": [cell(chunk, steps, WIDTHS[d]) for d in ("bf16", "fp8")] for chunk in (3, 7) for steps in (2, 4)}
+
+
 def report(args) -> None:
     dit = build(args.variant, chunk=args.chunk)
     c, count, width = dit.config, parameters(dit), WIDTHS[args.dtype]
@@ -270,6 +280,7 @@ def report(args) -> None:
 
     serving = streaming_memory(dit, args.chunk, S, args.steps, width)
     show("Streaming memory, GB on one GPU, the video codec aside", {k: v / 1e9 for k, v in {**serving, "in all": sum(serving.values())}.items()})
+    show(f"In all at other settings: what fits a card of {' or '.join(map(str, CARDS))} GB, {CODEC:g} GB of it for the codec", fits(dit, S), ["bf16", "fp8"])
 
     show(f"PFLOP of one training step, batch {args.batch}", {
         stage: [training_flops(c, S, passes, batch=args.batch, checkpointing=again) / 1e15 for again in (False, True)]

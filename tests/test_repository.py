@@ -31,6 +31,7 @@ ALLOWED = {
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
+    "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "report": "metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers",
@@ -39,7 +40,7 @@ ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "repor
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
 LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "bench"]
-HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
+HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
 
 
 def yaml(name):

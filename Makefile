@@ -17,7 +17,7 @@ endif
 # Running a notebook by hand leaves outputs and kernel metadata in it; with these keys too, its bytes are restored.
 STRIP := --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help env doctor test repro lab talk strip check-stripped clean-scratch
+.PHONY: help env doctor test repro lab talk plan strip check-stripped clean-scratch
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -58,6 +58,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
 talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
 	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }
 	@$(PY) -m tmlib.talk "$(FACE)" "$(SPEECH)" "$(or $(OUT),out.mp4)" $(ARGS)
+
+plan: $(READY)  ## what full size needs: parameters, memory per GPU, FLOPs; VARIANT=wan-i2v-14b, ARGS='--gpus 16 --size 480x832'
+	@$(PY) -m tmlib.plan "$(or $(VARIANT),talkingmachines-18b)" $(ARGS)
 
 strip: $(READY)  ## take outputs and run metadata out of the source notebooks
 	@find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(PY) -m nbstripout $(STRIP) {} +

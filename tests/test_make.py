@@ -114,7 +114,7 @@ def test_a_notebook_run_by_hand_stops_repro_and_strip_restores_it(tmp_path):
 def test_help_and_clear_errors(tmp_path):
     lay_out(tmp_path)
     done = make(tmp_path)
-    assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "talk", "clean-scratch", "strip"))
+    assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "talk", "plan", "clean-scratch", "strip"))
     make(tmp_path, "strip")
     done = make(tmp_path, "repro", "SCALE=huge")
     assert done.returncode and "no scale `huge`; known: mini, smoke" in done.stderr

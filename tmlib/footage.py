@@ -55,7 +55,8 @@ def at_rate(path: Path, fps: int, *filters: tuple[str, str]) -> Iterator[tuple[i
         with path.open("rb") as file, av.open(file, options={"format_whitelist": media.CONTAINERS}) as container:
             stream, graph = container.streams.video[0], av.filter.Graph()
             stream.codec_context.thread_count = 1                             # workers are processes
-            steps = [graph.add_buffer(template=stream), *(graph.add(*f) for f in (("fps", str(fps)), *filters)), graph.add("buffersink")]
+            filters = [graph.add(*f) for f in (("fps", str(fps)), *filters)]
+            steps = [graph.add_buffer(template=stream), *filters, graph.add("buffersink")]
             for a, b in pairwise(steps):
                 a.link_to(b)
             graph.configure()
@@ -134,7 +135,8 @@ class Survey:
 
 def survey(path: Path, s: Settings) -> Survey:
     out, k = Survey([], {}, 0, 0), -1
-    for k, frame in at_rate(path, s.fps, ("scale", f"{SMALL}:{SMALL}:force_original_aspect_ratio=decrease"), ("scdet", f"threshold={s.cut}")):
+    small = ("scale", f"{SMALL}:{SMALL}:force_original_aspect_ratio=decrease")
+    for k, frame in at_rate(path, s.fps, small, ("scdet", f"threshold={s.cut}")):
         if not out.shots or "lavfi.scd.time" in frame.metadata:
             out.shots.append(k)
         if k % s.every == 0:
@@ -199,7 +201,9 @@ def cut(path: Path, planned: dict[int, np.ndarray], s: Settings) -> Iterator[tup
     """(k, frames uint8 (T, side, side, 3)) of each planned clip; side: s.size, or LOOK if that is larger."""
     side, frames, todo = max(s.size, LOOK), [], sorted(planned)
     for k, frame in at_rate(path, s.fps):
-        if todo and todo[0] <= k:
+        if not todo:
+            return
+        if todo[0] <= k:
             x, y, edge = planned[todo[0]]
             picture = Image.fromarray(np.ascontiguousarray(upright(frame)))
             square = (x, y, min(x + edge, picture.width), min(y + edge, picture.height))
@@ -210,7 +214,7 @@ def cut(path: Path, planned: dict[int, np.ndarray], s: Settings) -> Iterator[tup
 
 
 def lips(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Truth (T, 3), mouth and face boxes (T, 4) of frames (T, H, W, 3), in their pixels; a few missing ones come from their neighbours."""
+    """Truth (T, 3), mouth and face boxes (T, 4) of frames (T, H, W, 3), in their pixels; a few missing ones are filled in."""
     rows = np.full((len(frames), 11), np.nan, np.float32)
     for row, frame in zip(rows, frames):
         found = faces.find(frame)
@@ -231,17 +235,25 @@ def measured(frames: np.ndarray, wave: np.ndarray, heard: np.ndarray, s: Setting
     speaking = heard[((np.arange(s.frames) + 0.5) / s.fps * RATE).astype(int)]
     if speaking.mean() >= s.speech and truth[speaking, 0].std() < s.still:
         raise Unusable("speech, but the lips stand still: somebody else speaks")
-    small = frames if s.size == frames.shape[1] else np.stack([Image.fromarray(f).resize((s.size, s.size), Image.Resampling.LANCZOS) for f in frames])
+    kind = "speaking" if speaking.mean() >= s.speech else "listening"
     pixels = lambda box: np.clip(box * s.size / frames.shape[1], 0, s.size)
-    return Clip(small, wave, truth, speaking, pixels(mouth), pixels(face), [], ""), "speaking" if speaking.mean() >= s.speech else "listening"
+    return Clip(shrunk(frames, s.size), wave, truth, speaking, pixels(mouth), pixels(face), [], ""), kind
+
+
+def shrunk(frames: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (T, H, H, 3) -> (T, size, size, 3)."""
+    if frames.shape[1] == size:
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.LANCZOS)) for f in frames])
 
 
 def clips(path: Path, s: Settings, reasons: list[dict]) -> Iterator[tuple[Clip, dict]]:
-    """All clips of a video, in time, each with its kind, where it begins (at_s) and the square cut out; why not, goes to `reasons`."""
+    """All clips of a video, in time, with their kind, where they begin and the square cut out; why not, goes to `reasons`."""
     with noted(reasons):
-        planned, (_, begins, _) = plan(path, s, reasons), probe(path)
-        wave = sound(path) if planned else None
-        heard, n = (speech(wave), round(s.frames / s.fps * RATE)) if planned else (None, 0)
+        if not (planned := plan(path, s, reasons)):
+            return
+        wave, (_, begins, _), n = sound(path), probe(path), round(s.frames / s.fps * RATE)
+        heard = speech(wave)
         for k, frames in cut(path, planned, s):
             with noted(reasons, k / s.fps):
                 lo = round((k / s.fps - begins) * RATE)

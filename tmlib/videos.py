@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -37,7 +39,7 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
 
     shares: split -> share of the people. scratch: where finished videos wait for the others; emptied at the end.
     """
-    folder, out, scratch = Path(folder), Path(out), Path(scratch)
+    folder, out, scratch = Path(folder).expanduser(), Path(out), Path(scratch)
     names = listing(folder)
     parts = {name: scratch / key(folder / name, name, s) for name in names}
     sweep(scratch), sweep(out)
@@ -55,7 +57,8 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
     for each in shares:
         mine = [name for name in names if split.get(person(name)) == each and found[name]["clips"]]
         n = sum(len(found[name]["clips"]) for name in mine)
-        numbers[each] = save_split(out, each, n, (made for name in mine for made in stored(parts[name], found[name]["clips"], name, each, s)))
+        made = (clip for name in mine for clip in stored(parts[name], found[name]["clips"], name, each, s))
+        numbers[each] = save_split(out, each, n, made)
     for part in parts.values():
         shutil.rmtree(part)
     return numbers
@@ -87,7 +90,7 @@ def person(name: str) -> str:
 def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[str, str]:
     """Who goes into which split: in an order that depends on the names alone, cut by the shares, one person each at least."""
     if len(people) < len(shares):
-        raise UserError(f"{folder}: clips of {len(people)} people, but {len(shares)} splits ({', '.join(shares)}) need one each; give more "
+        raise UserError(f"{folder}: clips of {len(people)} people, but {len(shares)} splits ({', '.join(shares)}) need one each; add "
                         "videos, see why others are in unusable.json, or take fewer splits (data.shares, --only)")
     order = sorted(people, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     before = np.arange(len(shares))
@@ -130,14 +133,19 @@ def done(todo: list, workers: int) -> Iterator[None]:
     if workers <= 1:
         yield from map(make_part, todo)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow) as pool:
-        yield from pool.map(make_part, todo)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow) as pool:
+            yield from pool.map(make_part, todo)
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, for lack of memory perhaps; run again, with fewer --workers if need be: it goes on where "
+                        "it was") from None
 
 
 def follow() -> None:
-    """A worker uses one thread, and ends when the process that started it was killed."""
+    """A worker uses one thread, leaves Ctrl-C to the process that started it, and ends when that one was killed."""
     import torch
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -161,10 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.frames % 4 != 1 or args.size % 16 or min(args.frames, args.size, args.fps, args.workers) < 1:
         raise UserError(f"--frames {args.frames} must be 4 k + 1, --size {args.size} a multiple of 16, --fps and --workers at least 1")
     p.frames, p.fps, p.size = args.frames, args.fps, args.size
-    numbers = collect(args.folder, args.out, settings(p), {args.only: 1.0} if args.only else p.shares, args.workers, config.SCRATCH / "videos")
+    shares = {args.only: 1.0} if args.only else p.shares
+    numbers = collect(args.folder, args.out, settings(p), shares, args.workers, config.SCRATCH / "videos")
     unusable = config.load_json(Path(args.out) / "unusable.json")["unusable"]
-    print(f"{args.out}: {sum(n['clips'] for n in numbers.values())} clips (" + ", ".join(f"{k} {n['clips']}" for k, n in numbers.items())
-          + f"), {len(unusable)} videos or stretches unusable")
+    each = ", ".join(f"{split} {n['clips']}" for split, n in numbers.items())
+    print(f"{args.out}: {sum(n['clips'] for n in numbers.values())} clips ({each}), {len(unusable)} videos or stretches unusable")
     for reason, n in Counter(u["reason"] for u in unusable).most_common():
         print(f"{n:6d}  {reason}")
     return 0

@@ -101,7 +101,7 @@ def test_speech_is_heard_when_the_mouth_speaks(clips):
 
 def test_talk_begins_anywhere():
     """Pauses are silent, and clips have no beginning in common: by chance one is cut inside a word, another inside a pause."""
-    said = [data.talk(np.random.default_rng(i), "test", 2.0) for i in range(24)]
+    said = [data.talk(np.random.default_rng(i), data.word_lists()["test"], 2.0) for i in range(24)]
     first = [phones[0].symbol for _, phones, _ in said]
     assert 0 < first.count("sil") < 12
     for wave, phones, _ in said:

@@ -164,8 +164,14 @@ def test_regression_learns(dit, latents):
     assert sum(seen[-4:]) < 0.6 * sum(seen[:4])
 
 
-@pytest.mark.parametrize("cache", ["per_step", "clean_pass"])
-@pytest.mark.parametrize("real_ratio", [0.0, 1.0])
+def test_rolling_caches_cannot_start_from_real_video(latents):
+    p = distillation(cache="clean_pass", real_ratio=1.0)
+    for_student, _ = distill.matching_losses(*(make_dit(seed) for seed in range(3)), latents, pairs_of(latents), p)
+    with pytest.raises(UserError, match="real_ratio must be 0 with cache clean_pass"):
+        for_student(torch.Generator(), 0)
+
+
+@pytest.mark.parametrize("cache,real_ratio", [("per_step", 0.0), ("per_step", 1.0), ("clean_pass", 0.0)])
 def test_matching_reaches_its_own_player_alone(latents, cache, real_ratio):
     student, critic, teacher = (make_dit(seed) for seed in range(3))
     p = distillation(cache=cache, real_ratio=real_ratio)

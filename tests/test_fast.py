@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.tiny import stir
 from tmlib import fast, flow, plan
-from tmlib.chain import Chain
+from tmlib.chain import CACHES, Chain
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
 
@@ -167,6 +168,37 @@ def test_recordings_do_not_pile_up():
     graphed = fast.Graphed(make(), record)
     stream(graphed, chunks=14, change_at=10)
     assert len(graphed.recordings) == 2
+
+
+class OnDevice(TorchFunctionMode):
+    """Notes what comes from the host: numbers made into tensors, and tensors of the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree_leaves((args, kwargs, out)))
+        if cpu or func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            self.met.append(func)
+        return out
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@torch.no_grad()
+def test_a_whole_chunk_could_be_one_cuda_graph(cache):
+    """In the steady state nothing is copied from the host, not even a number."""
+    empty = lambda *shape: torch.empty(shape, device="meta")
+    dit = plan.build("smoke", **SIZES, condition="repeat", prior_std=[[0.5, 0.6], [0.7, 0.8]])
+    chain = Chain(dit, empty(1, 20, 21, 4, 4), flow.timesteps(2, 5.0), cache=cache, context_noise=20.0)
+    given = dict(text=empty(1, 5, 16), image=empty(1, 3, 16), audio_mask=empty(1, 3, 2, 2))
+    play = lambda: chain.next(lambda step: empty(1, 16, 3, 4, 4), audio=empty(1, 3, 4, 16), **given)
+    for _ in range(8):
+        play()
+    with OnDevice() as watch:
+        assert play().is_meta
+    assert watch.met == []
 
 
 def test_attention_kernels_are_chosen_by_name():

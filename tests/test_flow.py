@@ -39,6 +39,13 @@ def test_ends_are_clean_and_noise(pair):
     assert torch.equal(flow.add_noise(x_0, eps, 1000.0), eps)
 
 
+def test_a_float_time_gives_the_bits_of_a_tensor():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(2, 4, 3, 2, 2, dtype=dtype)
+        for t in (*flow.timesteps(4, 5), 0.0, 123.456789):
+            assert torch.equal(flow.like(t, x), flow.like(torch.tensor(t, dtype=dtype), x))
+
+
 def test_known_schedules():
     assert flow.timesteps(2, 5) == pytest.approx([1000, 833.3333])
     assert flow.timesteps(4, 5) == pytest.approx([1000, 937.5, 833.3333, 625])

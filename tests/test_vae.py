@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny import stir
 from tmlib import vae as v
 from tmlib.config import UserError
-from tmlib.vae import VAEConfig, VideoVAE, from_groups, i2v_condition, load_vae, save_vae, to_groups
+from tmlib.vae import Past, VAEConfig, VideoVAE, from_groups, i2v_condition, load_vae, save_vae, to_groups
 
 SMALL = dict(encoder=(8, 12, 16), decoder=(8, 12, 16), blocks=1)
 
@@ -133,25 +133,35 @@ def test_statistics_normalise_and_cancel():
 
 
 def test_start_is_a_linear_codec_of_pictures_and_of_motion():
-    """Ten patterns of a standing picture come back exactly; a film comes back as by two principal component analyses."""
+    """Ten patterns of a standing picture come back exactly; a film comes back better than by two principal component analyses."""
     torch.manual_seed(0)
     vae = VideoVAE(VAEConfig(**SMALL, moving=6))
     patterns, share = randn(10, 3, 8, 8), 0.05 * randn(8, 10, 2, 2)
     still = torch.einsum("bkij,kcyx->bciyjx", share, patterns).reshape(8, 3, 1, 16, 16).expand(-1, -1, 5, -1, -1)
     vae.start_linear(still)
     z = vae.encode(still)
-    torch.testing.assert_close(vae.decode(z)[0], still.clamp(-1, 1), atol=1e-4, rtol=0)
-    half_white = vae.synthesis.weight[:, :10].flatten(2).norm(dim=0).flatten()                          # deviation ** 0.5
+    torch.testing.assert_close(vae.decode(z)[0], still.clamp(-1, 1), atol=1e-3, rtol=0)
+    half_white = vae.synthesis.weight[:, :10].sum(2).flatten(2).norm(dim=0).flatten()                          # deviation ** 0.5
     torch.testing.assert_close(z[:, :10].square().mean((0, 2, 3, 4)).sqrt(), half_white, atol=1e-3, rtol=0)
 
-    film_ = film(9)
+    film_ = film(9, side=32)
     vae.start_linear(film_)
     x = to_groups(film_, 8).movedim(1, -1).reshape(-1, 3, 4, 64)                          # (patches, C, t, s)
     mean = x.mean(2, keepdim=True).expand_as(x)
     best = truncated(mean.flatten(1), 10) + truncated((x - mean).flatten(1), 6)
-    got = to_groups(vae.decode(vae.encode(film_))[0], 8)[:, :, 1:]       # group 0 repeats a frame that it must not know four times
-    best = from_groups(best.view(2, 3, 2, 2, 768).movedim(-1, 1), 8)[:, :, 4:].clamp(-1, 1)
-    torch.testing.assert_close(from_groups(got, 8), best, atol=1e-4, rtol=0)
+    best = from_groups(best.view(2, 3, 4, 4, 768).movedim(-1, 1), 8)                      # each group from its own latent alone
+    got = vae.synthesise(vae.posterior(film_)[0], Past(None))                             # and from the one before as well
+    error = lambda video: (video - from_groups(to_groups(film_, 8), 8)).square().mean().item()
+    assert 0.3 * error(best) < error(got) < 0.99 * error(best)
+
+
+def test_least_squares_by_hand():
+    x = torch.cat([randn(200, 3), torch.zeros(200, 1)], 1).double()                       # one direction has no content
+    weight, bias = randn(4, 2, seed=1).double(), randn(2, seed=2).double()
+    got, at_zero = v.least_squares(x, x @ weight + bias)
+    torch.testing.assert_close(got[:3], weight[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(at_zero, bias, atol=1e-4, rtol=0)
+    assert got[3].abs().max() == 0
 
 
 def truncated(x, n):
@@ -178,12 +188,14 @@ def test_loss_by_hand():
     got = vae.loss(video, weight, noise, kl=0.3)
     l1 = ((out - video).abs() * weight).mean()
     error = out - video
-    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3, 4))
+    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (3, 4))
+    joins = torch.tensor([v.JOINS, 1, 1, 1, v.JOINS, 1, 1, 1])[:, None, None]             # frames 0 | 1 2 3 4 | 5 6 7 8
+    motion = (error.diff(dim=2).square() * weight[:, :, 1:] * joins).mean()
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
     torch.testing.assert_close(got["l1"], l1)
     torch.testing.assert_close(got["kl"], kl)
-    torch.testing.assert_close(got["loss"], l1 + 0.5 * edges + 0.3 * kl)
+    torch.testing.assert_close(got["loss"], l1 + 0.5 * edges + v.MOTION * motion + 0.3 * kl)
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -149,15 +149,15 @@ def other_voice(wave: Tensor, ids: Tensor, g: torch.Generator, reach: float = 0.
 
 
 def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
-    """Training augmentation (B, n): random loudness, noise of random colour at 5-40 dB below the speech."""
+    """Training augmentation (B, n): random loudness; 5-40 dB below the speech noise of random colour, or one to three others talking."""
     B = wave.shape[0]
     u = lambda lo, hi: torch.empty(B, 1).uniform_(lo, hi, generator=g)
+    rms = lambda x: x.square().mean(1, keepdim=True).sqrt()
     noise = torch.randn(wave.shape, generator=g)
-    colour = u(0.0, 0.95)
-    noise = noise - colour * F.pad(noise, (1, 0))[:, :-1] * torch.where(u(-1, 1) > 0, 1.0, -1.0)
-    speech_rms = wave.square().mean(1, keepdim=True).sqrt()
-    noise = noise / noise.square().mean(1, keepdim=True).sqrt() * speech_rms * 10 ** (-u(5, 40) / 20)
-    return (wave + noise) * 10 ** (u(-12, 6) / 20)
+    noise = noise - u(0.0, 0.95) * F.pad(noise, (1, 0))[:, :-1] * torch.where(u(-1, 1) > 0, 1.0, -1.0)
+    crowd = sum(wave.roll(k, 0) * (u(0, 3) > k - 1) for k in (1, 2, 3))       # the batch's other voices
+    noise = torch.where(u(-1, 1) > 0, crowd, noise)
+    return (wave + noise * rms(wave) / (rms(noise) + 1e-6) * 10 ** (-u(5, 40) / 20)) * 10 ** (u(-12, 6) / 20)
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path) -> None:

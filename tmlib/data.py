@@ -76,12 +76,12 @@ def word_lists() -> dict[str, tuple[list, list]]:
     return {split: (voices[split], sentences[split]) for split in voices}
 
 
-def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
-    """A cut from anywhere in one voice's sentences and pauses: (wave (n,), phones, voice name).
+def talk(rng, words: tuple[list, list], seconds: float) -> tuple[np.ndarray, list[speech.Phone], str]:
+    """A cut from anywhere in one voice's sentences and pauses: (wave (n,), phones, voice name). words: voices and sentences.
 
     Clips that all began in silence would correlate with one another, and with anybody's speech.
     """
-    voices, sentences = word_lists()[split]
+    voices, sentences = words
     voice = voices[rng.integers(len(voices))]
     before = rng.uniform(0, CUT_S)
     wave = np.zeros(int(round((before + seconds) * RATE)), np.float32)
@@ -98,12 +98,12 @@ def talk(rng, split: str, seconds: float) -> tuple[np.ndarray, list[speech.Phone
     return wave[-int(round(seconds * RATE)):], phones, voice.name
 
 
-def make_clip(spec: Spec) -> Clip:
-    """Speech, motion and picture of one clip."""
+def make_clip(spec: Spec, words: tuple[list, list] | None = None) -> Clip:
+    """Speech, motion and picture of one clip; words: voices and sentences, those of its split if none are given."""
     rng = np.random.default_rng(spec.seed)
     seconds = spec.frames / spec.fps
     if spec.kind == "speaking":
-        wave, phones, voice = talk(rng, spec.split, seconds)
+        wave, phones, voice = talk(rng, words or word_lists()[spec.split], seconds)
     else:
         wave, phones, voice = np.zeros(int(round(seconds * RATE)), np.float32), [], ""
     wave += (QUIET * rng.uniform(0.1, 1.0) * rng.standard_normal(len(wave))).astype(np.float32)
@@ -198,7 +198,7 @@ class Clips:
 
 def to_float(frames) -> Tensor:
     """uint8 (..., T, H, W, 3) -> float32 (..., 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -62,22 +62,24 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     """
     ts = flow.timesteps(p.steps, p.shift)
     if p.cache != "per_step":
+        if start is not None:
+            raise UserError(f"distillation.real_ratio must be 0 with cache {p.cache}: its chunks follow from one another, none can start from real video")
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
     v = denoiser(dit, batch, mask="sparse_causal")
-    at = lambda t: torch.full((len(batch),), t)
+    at = lambda t: torch.full((len(batch),), t, device=dit.device)
     if start is not None and grad:
         x_t = flow.add_noise(start, noise(grad), ts[grad])
         return flow.x0_from_v(x_t, v(x_t, at(ts[grad])), ts[grad])
     return flow.few_step(lambda i, x_t: v(x_t, at(ts[i])), noise, ts, grad=grad)
 
 
-def drawn(shape, g: torch.Generator, first: Tensor | None = None) -> Callable[[int], Tensor]:
-    """Noise of step i from the generator, each drawn once; step 0 may be given."""
-    made = {} if first is None else {0: first}
+def drawn(shape, g: torch.Generator, first: Tensor | None = None, device="cpu") -> Callable[[int], Tensor]:
+    """Noise of step i from the generator, each drawn once, on the device; step 0 may be given."""
+    made = {} if first is None else {0: first.to(device)}
 
     def noise(i: int) -> Tensor:
         if i not in made:
-            made[i] = torch.randn(shape, generator=g)
+            made[i] = torch.randn(shape, generator=g).to(device)
         return made[i]
     return noise
 
@@ -86,8 +88,8 @@ def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> Calla
     """Player's loss: at a random step the student's x_0 must meet the teacher's solution, borders between chunks included."""
     def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
         j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)
-        batch, target = latents.batch(pairs["index"][j]), pairs["target"][j]
-        noise = drawn(target.shape, g, first=clip_noise(pairs["seed"][j], target.shape[1:]))
+        batch, target = latents.batch(pairs["index"][j]).to(dit.device), pairs["target"][j].to(dit.device)
+        noise = drawn(target.shape, g, clip_noise(pairs["seed"][j], target.shape[1:]), dit.device)
         x = student(dit, batch, noise, p, grad=step % p.steps)
         regression = losses.weighted_mse(x, target, batch.weight)
         border = losses.border(x, target, p.chunk, batch.weight)
@@ -100,15 +102,15 @@ def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Ten
     regress = regression_loss(dit, latents, pairs, p)
 
     def sample(g: torch.Generator, grad: int | None) -> tuple[Batch, Tensor]:
-        batch = latents.draw(p.batch, g)
+        batch = latents.draw(p.batch, g).to(dit.device)
         real = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
-        return batch, student(dit, batch, drawn(batch.z.shape, g), p, grad, start=real)
+        return batch, student(dit, batch, drawn(batch.z.shape, g, device=dit.device), p, grad, start=real)
 
     def student_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
         batch, x = sample(g, grad=step // p.critic_steps % p.steps)
-        t = flow.random_timesteps(len(batch), p.shift, g, low=20, high=980)
+        t = flow.random_timesteps(len(batch), p.shift, g, low=20, high=980, device=dit.device)
         with torch.no_grad():
-            x_t = flow.add_noise(x, torch.randn(x.shape, generator=g), t)
+            x_t = flow.add_noise(x, torch.randn(x.shape, generator=g).to(dit.device), t)
             real = flow.x0_from_v(x_t, denoiser(teacher, batch, p.guidance)(x_t, t), t)
             fake = flow.x0_from_v(x_t, denoiser(critic, batch)(x_t, t), t)
         match = losses.dmd(x, real, fake, batch.weight)
@@ -119,6 +121,7 @@ def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Ten
     def critic_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
         with torch.no_grad():
             batch, x = sample(g, grad=None)
-        t = flow.random_timesteps(len(batch), p.shift, g)
-        return {"loss": losses.flow_matching(denoiser(critic, batch), x, torch.randn(x.shape, generator=g), t, batch.weight * critic.loss_weight(x, t))}
+        t = flow.random_timesteps(len(batch), p.shift, g, device=dit.device)
+        eps = torch.randn(x.shape, generator=g).to(dit.device)
+        return {"loss": losses.flow_matching(denoiser(critic, batch), x, eps, t, batch.weight * critic.loss_weight(x, t))}
     return student_loss, critic_loss

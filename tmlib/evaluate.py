@@ -109,14 +109,14 @@ def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (1
     out = []
     for lo in range(0, len(latents), batch_size):
         index = torch.arange(lo, min(lo + batch_size, len(latents)))
-        batch = latents.batch(index)
+        batch = latents.batch(index).to(dit.device)
         batch = batch if sound else batch.silent()
         v = denoiser(dit, batch)
         total = 0.0
         for t in levels:
-            eps = clip_noise([1000 * int(i) + int(t) for i in index], batch.z.shape[1:])
-            t = torch.full((len(index),), float(t))
+            eps = clip_noise([1000 * int(i) + int(t) for i in index], batch.z.shape[1:]).to(dit.device)
+            t = torch.full((len(index),), float(t), device=dit.device)
             error = (v(flow.add_noise(batch.z, eps, t), t) - (eps - batch.z)).square() * batch.weight
             total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
         out.append(total / len(levels))
-    return torch.cat(out).numpy()
+    return torch.cat(out).cpu().numpy()

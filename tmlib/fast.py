@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from . import attention as att
 from .config import UserError
 from .layers import SelfAttention
 
@@ -29,11 +28,11 @@ ATTENTIONS = ("flash", "cudnn", "mem_efficient", "math")
 
 # One product for queries, keys and values
 
-class FusedSelfAttention(nn.Module):
-    """`layers.SelfAttention` with to_q, to_k and to_v as one: x is read once, and a wide product fills the chip better."""
+class FusedSelfAttention(SelfAttention):
+    """Self-attention with to_q, to_k and to_v as one: x is read once, and a wide product fills the chip better."""
 
     def __init__(self, plain: SelfAttention):
-        super().__init__()
+        nn.Module.__init__(self)                            # the parts come from `plain`: none is made here
         parts = plain.to_q, plain.to_k, plain.to_v
         with torch.device("meta"):
             self.to_qkv = nn.Linear(plain.to_q.in_features, sum(p.out_features for p in parts))
@@ -42,20 +41,8 @@ class FusedSelfAttention(nn.Module):
             setattr(self.to_qkv, name, nn.Parameter(joined, requires_grad=plain.to_q.weight.requires_grad))
         self.heads, self.to_out, self.norm_q, self.norm_k = plain.heads, plain.to_out, plain.norm_q, plain.norm_k
 
-    split = SelfAttention.split
-
-    def forward(self, x, ctx, past=None):
-        """As `layers.SelfAttention.forward`."""
-        B, frames, S, D = x.shape
-        q, k, v = self.to_qkv(x.flatten(1, 2)).chunk(3, dim=-1)                          # (B, L, D) each
-        q = att.apply_rope(self.split(self.norm_q(q)), ctx.rope_q)                       # (B, N, L, Dh)
-        k, v = self.split(self.norm_k(k)), self.split(v)
-        if past is None:
-            o = att.masked_attention(q, att.apply_rope(k, ctx.rope_k), v, ctx.mask, frames, ctx.chunk)
-        else:
-            k_all, v_all = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-            o = att.attention(q, att.apply_rope(k_all, ctx.rope_k), v_all)
-        return self.to_out[0](o.transpose(1, 2).reshape(B, frames, S, D)), k, v
+    def qkv(self, x):
+        return self.to_qkv(x).chunk(3, dim=-1)
 
 
 def fuse_qkv(dit):

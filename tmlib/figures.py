@@ -2,6 +2,7 @@
 
 Apart from `report`, so that a change of the report's words does not run the training notebooks again.
 """
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def shown(value) -> str:
 
 @contextmanager
 def figure(path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3), **subplots):
-    """`with figure(path) as (fig, axes):` draws in the house style and saves path (.png or .svg), the same bytes each time."""
+    """`with figure(path) as (fig, axes):` draws in the house style, saves path (.png or .svg), the same bytes each time, and shows it."""
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")    # Okabe and Ito: safe for the colour-blind
@@ -32,6 +33,15 @@ def figure(path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7
         yield fig, fig.subplots(rows, columns, **subplots)
         with atomic(path) as temporary:
             fig.savefig(temporary, metadata=clean)
+        show(path, int(100 * size[0]))
+
+
+def show(path, width: int) -> None:
+    """In a notebook the picture below the cell, `width` pixels wide; elsewhere nothing."""
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
+        from IPython.display import SVG, Image, display
+        display(SVG(str(path)) if Path(path).suffix == ".svg" else Image(str(path), width=width))
 
 
 def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16) -> None:

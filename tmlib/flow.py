@@ -54,7 +54,10 @@ def random_timesteps(n, shift=1.0, generator=None, low=0.0, high=T_MAX, device=N
 def like(t, x):
     """sigma(t) shaped to multiply x (B, C, F, ...), in x's precision but never below float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    s = sigma(torch.as_tensor(t, dtype=dtype, device=x.device))
+    if isinstance(t, torch.Tensor):
+        s = sigma(t.to(x.device, dtype))
+    else:                                                           # filled where x is: no copy to wait for, none in a CUDA graph
+        s = sigma(torch.full((), t, dtype=dtype, device=x.device))
     if s.ndim == 2:                                                 # (B, F) -> (B, 1, F, 1, 1)
         return s[:, None].reshape(s.shape[0], 1, s.shape[1], *[1] * (x.ndim - 3))
     return s.reshape(s.shape + (1,) * (x.ndim - s.ndim)) if s.ndim else s

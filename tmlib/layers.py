@@ -155,15 +155,19 @@ class SelfAttention(Attention):
         past: keys and values of the context (B, N, L', Dh), all of which x may see; None: x is a sequence under ctx.mask.
         """
         B, frames, S, D = x.shape
-        x = x.flatten(1, 2)                                                              # (B, L, D)
-        q = att.apply_rope(self.split(self.norm_q(self.to_q(x))), ctx.rope_q)            # (B, N, L, Dh)
-        k, v = self.split(self.norm_k(self.to_k(x))), self.split(self.to_v(x))
+        q, k, v = self.qkv(x.flatten(1, 2))                                              # (B, L, D) each
+        q = att.apply_rope(self.split(self.norm_q(q)), ctx.rope_q)                       # (B, N, L, Dh)
+        k, v = self.split(self.norm_k(k)), self.split(v)
         if past is None:
             o = att.masked_attention(q, att.apply_rope(k, ctx.rope_k), v, ctx.mask, frames, ctx.chunk)
         else:
             k_all, v_all = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
             o = att.attention(q, att.apply_rope(k_all, ctx.rope_k), v_all)
         return self.to_out[0](o.transpose(1, 2).reshape(B, frames, S, D)), k, v
+
+    def qkv(self, x):
+        """x (B, L, D) -> queries, keys and values of the same shape, before norms: `fast.fuse_qkv` makes them one product."""
+        return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
 class CrossAttention(Attention):

@@ -114,15 +114,11 @@ def backdrop(i, c):
     c.paint(a[:, None, None] + (b - a)[:, None, None] * c.y / UNITS, np.ones_like(c.x))
     if i.backdrop == "disc":
         c.paint(shade(b, 1.35), .7 * c.cover(ellipse(c.x, c.y, CX, 28, 27, 27), 2 if i.style == "soft3d" else 0))
-    elif i.backdrop == "stripes":
-        c.paint(shade(a, .92), c.cover(np.abs((c.x + c.y) % 12 - 6) - 2.5))
     elif i.backdrop == "window":
         frame = np.maximum(np.abs(c.x - 51) - 10, np.abs(c.y - 17) - 14)
         c.paint(shade(b, 1.5), c.cover(frame))
         bars = np.maximum(np.minimum(np.abs(c.x - 51), np.abs(c.y - 17)) - .5, frame)
         c.paint(shade(a, .7), c.cover(np.minimum(np.abs(frame) - .8, bars)))
-    elif i.backdrop == "dots":
-        c.paint(shade(b, 1.3), .55 * c.cover(np.hypot(c.x % 11 - 5.5, c.y % 11 - 5.5) - 2.2, 1.2))
 
 
 def body(i, c):

@@ -42,8 +42,7 @@ def sayable(sentences: list[str], voices: list) -> list[str]:
 
 def clips(n: int, kind: str, voices: list, sentences: list[str]) -> list[Clip]:
     """n clips on faces that nothing else uses, the same for every kind, spoken by these voices."""
-    data.word_lists()[kind] = (voices, sentences)
-    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i)) for i in range(n)]
+    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i), (voices, sentences)) for i in range(n)]
 
 
 def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:

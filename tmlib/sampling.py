@@ -1,4 +1,8 @@
-"""From a batch of conditions to latents: the many-step guided teacher and the few-step student, behind one `denoiser`."""
+"""From a batch of conditions to latents: the many-step guided teacher and the few-step student, behind one `denoiser`.
+
+Clips, noise and results live on the CPU, so that they are the same on every machine; a batch goes to where the network is, and its
+latents come back.
+"""
 from collections.abc import Callable
 
 import torch
@@ -32,12 +36,14 @@ def clip_noise(seeds, shape: tuple[int, ...]) -> Tensor:
 @torch.no_grad()
 def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance: float, mask: str = "bidirectional") -> Tensor:
     """Latents (B, 16, F, h, w) from noise of that shape by `steps` Euler steps with guidance on the audio."""
-    return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift))
+    batch, noise = batch.to(dit.device), noise.to(dit.device)
+    return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift)).cpu()
 
 
 @torch.no_grad()
 def student(dit, batch: Batch, seeds, p) -> Tensor:
     """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
-    noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]) for i in range(p.steps + 1)]
+    noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]).to(dit.device) for i in range(p.steps + 1)]
+    batch = batch.to(dit.device)
     return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
-                          noise=lambda i: noise[i], **batch.conditions())
+                         noise=lambda i: noise[i], **batch.conditions()).cpu()

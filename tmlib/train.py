@@ -45,6 +45,7 @@ class Player:
     loss: Callable[[torch.Generator, int], dict[str, Tensor]]                 # {"loss": scalar to minimise, other numbers ...}
     optim: Optim
     every: int = 1                               # plays on steps divisible by `every`
+    bf16: bool = False                           # computes its loss under `autocast`
     optimisers: list = field(default_factory=list, repr=False)
     average: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -102,7 +103,8 @@ def play(p: Player, step: int, steps: int, seed: int) -> dict[str, float]:
         for group in opt.param_groups:
             group["lr"] = group["peak"] * factor
         opt.zero_grad(set_to_none=True)
-    out = p.loss(generator(seed, step, p.name), step)
+    with autocast(p.bf16):
+        out = p.loss(generator(seed, step, p.name), step)
     out["loss"].backward()
     norm = nn.utils.clip_grad_norm_([q for q in p.model.parameters() if q.grad is not None], p.optim.clip)
     if not torch.isfinite(norm):
@@ -178,12 +180,12 @@ def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> Callable[[torch.G
     p: batch, repeats, shift, drop_audio (1: the model never hears sound), drop_text.
     """
     def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
-        batch = latents.draw(p.batch, g)
+        batch = latents.draw(p.batch, g).to(dit.device)
         batch = (batch.silent() if p.drop_audio >= 1 else batch).drop(g, p.drop_audio, p.drop_text).repeat(p.repeats)
         n = len(batch)
         u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n                     # stratified in (0, 1)
-        t = 1000 * flow.shift_sigma(u, p.shift)
-        eps = torch.randn(batch.z.shape, generator=g)
+        t = 1000 * flow.shift_sigma(u, p.shift).to(dit.device)
+        eps = torch.randn(batch.z.shape, generator=g).to(dit.device)                             # drawn on the CPU: equal everywhere
         return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * chain.bare(dit).loss_weight(batch.z, t))}
     return loss
 

@@ -3,7 +3,8 @@
 What is special
 - Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
   latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
-- Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing.
+- Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing. It draws a group
+  from its own latent and the one before, as does the decoder's last layer: what moved goes on moving, so groups join smoothly.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
 - `decode` and `encode` speak *normalised* latents: zero mean in each channel, unit variance over all of them together. To give every
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
-MOTION = 0.5                                     # weight of frame differences: a codec that flickers makes every stream flicker
+MOTION = 6.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
+JOINS = 6.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
 LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 
 
@@ -44,7 +46,7 @@ class VAEConfig:
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that sees now and the past; the past is zeros or the cache's last `kernel_t - 1` inputs."""
+    """Convolution that sees now and the past: the cache's last `kernel_t - 1` inputs, or the first input, as if it had always been."""
 
     def __init__(self, c_in: int, c_out: int, kernel_t: int = 1, kernel: int = 3):
         super().__init__(c_in, c_out, (kernel_t, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
@@ -61,7 +63,7 @@ class Past:
         self.old, self.new = (iter(old) if old is not None else None), []
 
     def extend(self, x: Tensor, n: int) -> Tensor:
-        head = next(self.old) if self.old is not None else x.new_zeros(*x.shape[:2], n, *x.shape[3:])
+        head = next(self.old) if self.old is not None else x[:, :, :1].expand(-1, -1, n, -1, -1)
         x = torch.cat([head, x], dim=2)                                       # (B, C, n + F, H, W)
         self.new.append(x[:, :, -n:])
         return x
@@ -100,7 +102,7 @@ class Net(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, kernel_t))
         self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
                                    for a, b in zip(steps, steps[1:]))
-        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out)
+        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out, 2 if up else 1)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         x = self.inp(x, past)
@@ -117,6 +119,16 @@ def components(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     x = x.flatten(1) - x.flatten(1).mean(0)
     values, vectors = (e[..., -n:] for e in torch.linalg.eigh(x.T @ x / len(x)))
     return vectors * (values > 1e-9), values.clamp_min(1e-6).sqrt()           # a direction without content listens to nothing
+
+
+def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (a, b) and bias (b,) that predict y (n, b) from x (n, a) best; directions without content get no weight."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x = x - mean_x
+    gram = x.T @ x / len(x)
+    ridge = (1e-8 * gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram)).to(gram)
+    weight = torch.linalg.solve(gram + ridge, x.T @ (y - mean_y) / len(x))
+    return weight, mean_y - mean_x @ weight
 
 
 def space_to_depth(x: Tensor) -> Tensor:
@@ -142,14 +154,14 @@ def from_groups(x: Tensor, patch: int) -> Tensor:
 
 
 class VideoVAE(nn.Module):
-    """The miniature's codec; `tmlib.vae` gives full-size Wan weights the same methods."""
+    """The miniature's codec; `wan_vae.WanVAE` gives full-size Wan weights the same methods."""
 
     def __init__(self, cfg: VAEConfig = VAEConfig()):
         super().__init__()
         self.cfg = cfg
         group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
         self.analysis = nn.Conv3d(768, cfg.z_dim, 1)                          # the linear codec under the networks:
-        self.synthesis = nn.Conv3d(cfg.z_dim, 768, 1)                         # principal components of 4 x 8 x 8 pixels
+        self.synthesis = CausalConv3d(cfg.z_dim, 768, kernel_t=2, kernel=1)   # principal components of 4 x 8 x 8 pixels
         self.encoder = Net(group, tuple(cfg.encoder), 2 * cfg.z_dim, cfg, up=False)
         self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
         for net in (self.encoder, self.decoder):                              # the networks begin as nothing at all
@@ -165,7 +177,7 @@ class VideoVAE(nn.Module):
 
     def synthesise(self, z: Tensor, past: Past) -> Tensor:
         """Unnormalised latents (B, 16, F, h, w) -> video (B, 3, 4F, 8h, 8w)."""
-        return from_groups(self.synthesis(z), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
+        return from_groups(self.synthesis(z, past), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mean."""
@@ -187,15 +199,18 @@ class VideoVAE(nn.Module):
         Principal components of a group's mean picture, and separately of what moves inside the group: one PCA for both would
         spend every channel on the standing picture, and the lips would move at 4 frames per second.
         """
-        x = rearrange(to_groups(video, 8).double(), "B (C t s) F h w -> (B F h w) C t s", t=4, s=64)
+        groups = to_groups(video, 8)
+        x = rearrange(groups.double(), "B (C t s) F h w -> (B F h w) C t s", t=4, s=64)
         still, moving = x.mean(2, keepdim=True).expand_as(x), x - x.mean(2, keepdim=True)
         n = self.cfg.moving
         (top, scale), (top_m, scale_m) = components(still, self.cfg.z_dim - n), components(moving, n)
         centre, top, scale = x.mean(0).flatten(), torch.cat([top, top_m], 1), torch.cat([scale, scale_m])
-        set_ = lambda conv, w, b: (conv.weight.copy_(w.view_as(conv.weight)), conv.bias.copy_(b))
         scale = scale.sqrt()                                                  # half-whitened: strong components stay strong
-        set_(self.analysis, (top / scale).T, -(centre @ top) / scale)
-        set_(self.synthesis, top * scale, centre)
+        self.analysis.weight.copy_((top / scale).T.view_as(self.analysis.weight)), self.analysis.bias.copy_(-(centre @ top) / scale)
+        z = Past(None).extend(self.analysis(groups), 1)                       # (B, 16, 1 + F, h, w)
+        known = rearrange([z[:, :, :-1], z[:, :, 1:]], "k B D F h w -> (B F h w) (D k)").double()
+        weight, bias = least_squares(known, x.flatten(1))                     # the best drawing from these latents
+        self.synthesis.weight.copy_(weight.T.view_as(self.synthesis.weight)), self.synthesis.bias.copy_(bias)
 
     @torch.no_grad()
     def set_statistics(self, latents: Tensor) -> None:
@@ -204,14 +219,18 @@ class VideoVAE(nn.Module):
         self.std.fill_((latents - self.mean).std())
 
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
-        """Weighted L1 of frames and of their differences in time and space, plus KL; weight (B, 1, T, H, W)."""
+        """Weighted L1 of frames and of their differences in space, squared differences in time, and KL; weight (B, 1, T, H, W).
+
+        In time the square: a sway of half a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still.
+        """
         mean, logvar = self.posterior(video)
         z = mean + noise * torch.exp(0.5 * logvar)
         out = self.synthesise(z, Past(None))[:, :, 3:]
         l1 = lambda a, b, w: ((a - b).abs() * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
         edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
-        motion = l1(d(out, 2), d(video, 2), weight[:, :, 1:])
+        joins = torch.ones(video.shape[2] - 1).index_fill_(0, torch.arange(0, video.shape[2] - 1, 4), JOINS).to(video)
+        motion = ((d(out, 2) - d(video, 2)).square() * weight[:, :, 1:] * joins[:, None, None]).mean()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel = l1(out, video, weight)
         return {"loss": pixel + 0.5 * edges + MOTION * motion + kl * divergence, "l1": pixel, "motion": motion, "kl": divergence}

@@ -1,0 +1,60 @@
+"""Training and sampling with the networks on another device than the clips.
+
+The other device is torch's `meta`, which has shapes but no numbers and, like a GPU, meets no tensor of the CPU in an operation.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.tiny import distillation, make_dit, make_latents
+from tmlib import distill, sampling, train
+
+PLAYERS = SimpleNamespace(batch=2, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
+
+
+def elsewhere():
+    return make_dit(condition="repeat", prior_std=[[0.5, 0.6], [0.7, 0.8]]).to("meta")
+
+
+@pytest.fixture
+def latents(tmp_path):
+    return make_latents(tmp_path)
+
+
+def learns(dit, loss):
+    loss.backward()
+    assert loss.is_meta and any(p.grad is not None for p in dit.parameters())
+
+
+def test_flow_matching(latents):
+    dit = elsewhere()
+    learns(dit, train.flow_matching_loss(dit, latents, PLAYERS)(train.generator(0), 0)["loss"])
+
+
+@pytest.mark.parametrize("cache", ["per_step", "clean_pass"])
+def test_distillation(latents, cache):
+    p = distillation(cache=cache, real_ratio=0.5 if cache == "per_step" else 0.0)
+    dit, critic, teacher = elsewhere(), elsewhere(), elsewhere().requires_grad_(False)
+    pairs = {"index": torch.arange(4), "seed": torch.arange(4), "target": latents.store["z"]}
+    student_loss, critic_loss = distill.matching_losses(dit, critic, teacher, latents, pairs, p)
+    for step in range(2 * p.critic_steps):                                  # every step that keeps a gradient, real starts and own ones
+        learns(dit, distill.regression_loss(dit, latents, pairs, p)(train.generator(step), step)["loss"])
+        learns(dit, student_loss(train.generator(step), step)["loss"])
+        learns(critic, critic_loss(train.generator(step), step)["loss"])
+
+
+def test_sampling_ends_with_the_way_back(latents):
+    dit, batch = elsewhere().requires_grad_(False), latents.batch([0, 1])
+    noise = sampling.clip_noise([0, 1], batch.z.shape[1:])
+    for made in (lambda: sampling.teacher(dit, batch, noise, 2, 3.0, 2.0), lambda: sampling.student(dit, batch, [0, 1], distillation())):
+        with pytest.raises(NotImplementedError, match="copy out of meta"):
+            made()
+
+
+def test_the_clips_themselves_would_not_do(latents):
+    """What these tests rest on: a batch left on the CPU is an error."""
+    batch = latents.batch([0, 1])
+    with pytest.raises(RuntimeError, match="device"):
+        sampling.denoiser(elsewhere(), batch)(batch.z, torch.zeros(2))

@@ -32,6 +32,7 @@ ALLOWED = {
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
+    "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit flow attention figures metrics placement plan sound stream", "capacity": "", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "measured": "", "report": "measured metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers", "budget": "attention plan scales",
@@ -44,7 +45,7 @@ ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "repor
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
 LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "clock", "plan",
          "stand_in", "decoding", "timing", "baselines", "bench"]
-HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
+HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
 
 
 def yaml(name):

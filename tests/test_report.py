@@ -20,7 +20,7 @@ def lips(r):
     ends = {f"{k}_{end}": v + by for k, v in values.items() for end, by in (("lo", -0.012), ("hi", 0.012))}
     return RUN | values | ends | dict(lip_r_shuffled=0.02, lip_offset_frames=0, lip_r_ceiling=0.92, lip_r_natural=0.78, psnr_db=22.4,
                                       listening_opening_mean=0.03, speaking_opening_mean=0.31, reader_closed_bias=0.01,
-                                      border_ratio=1.3, border_ratio_real=1.01, frechet=3.2)
+                                      border_ratio=1.3, seam_ratio=1.05, seam_ratio_real=1.01, frechet=3.2)
 
 
 def good():

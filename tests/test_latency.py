@@ -124,5 +124,5 @@ def test_a_soak_compares_its_end_with_its_beginning(monkeypatch):
     if os.path.exists("/proc/self/statm"):
         assert found["resident_mb_first"] > 10 and found["grown"] < 0.5
     assert soak.resident("no such process") == 0
-    with pytest.raises(soak.UserError, match="--chunks 10: give at least"):
-        soak.main(["--chunks", "10"])
+    with pytest.raises(soak.UserError, match="--chunks 7: give at least 8"):
+        soak.main(["--chunks", "7"])

@@ -10,7 +10,7 @@ from tmlib import baselines, bench, clock, config, decoding, plan, stand_in, tim
 from tmlib.config import UserError
 
 CPU = torch.device("cpu")
-QUICK = ["--variant", "smoke", "--size", "32", "--repeats", "2", "--layers", "1", "--settings", "2x1"]
+QUICK = ["--variant", "smoke", "--size", "32", "--repeats", "2", "--layers", "1", "--settings", "2x1", "--budget-minutes", "1000"]
 TINY_VAE = dict(base_dim=8, num_res_blocks=1)
 needs_diffusers = pytest.mark.skipif(bench.find_spec("diffusers") is None, reason="diffusers is not installed")
 
@@ -19,9 +19,16 @@ needs_diffusers = pytest.mark.skipif(bench.find_spec("diffusers") is None, reaso
 def written(tmp_path_factory):
     """A file that two calls with other options wrote: float32 with compilation at two settings, and fp8."""
     out = tmp_path_factory.mktemp("measured") / "cpu.json"
+    plain = tuple(s for s in decoding.SWITCHES if s != "compile")
+    with pytest.MonkeyPatch.context() as patch:                         # tracing the decoder takes longest of all: once, in a test of its own
+        patch.setattr(decoding, "SWITCHES", plain)
+        measure_twice(out)
+    return json.loads(out.read_text())
+
+
+def measure_twice(out):
     assert bench.main([*QUICK, "--settings", "2x2", "2x1", "--compile", "--backend", "eager", "--out", str(out)]) == 0
     assert bench.main([*QUICK, "--dtype", "fp8", "--parts", "together", "alone", "--out", str(out)]) == 0
-    return json.loads(out.read_text())
 
 
 def test_it_measures_every_form(written):
@@ -71,7 +78,7 @@ def test_the_attentions_timed_are_those_counted():
 def test_it_decodes_beside_the_model(written):
     first, second = written.values()
     plain = {"together", "by_frames", "channels_last", "autotune", "together+by_frames+channels_last+autotune"}
-    assert set(first["vae"]) == plain | {"eager", "compile", "together+by_frames+channels_last+autotune+compile"} and set(second["vae"]) == plain
+    assert set(first["vae"]) == plain | {"eager"} and set(second["vae"]) == plain
     for vae in (first["vae"], second["vae"]):
         assert all(form["ms_p50"] > 0 for form in vae.values()) and TINY_VAE.items() <= next(iter(vae.values())).items()
     assert all(form["error"] < 1e-4 for form in first["vae"].values()) and all(0 < form["error"] < 0.1 for form in second["vae"].values())
@@ -117,6 +124,17 @@ def test_placements_play_one_stream():
     found = decoding.placements(vae, next_chunk, lambda: made.append("restart"), 3, CPU)
     assert vae.seen == [(0, None), (1, 1), (2, 2), (3, 3), (4, 4), (6, None)] and made[5] == "restart"
     assert found["serial_fps"] == pytest.approx(12_000 / found["serial_ms"]) and "overlap_fps" not in found
+
+
+@needs_diffusers
+@torch.no_grad()
+def test_a_compiled_decoder_gives_the_same_pictures():
+    torch._dynamo.reset()
+    make = lambda *switches: decoding.decoder(switches, CPU, torch.float32, 2, "eager", **TINY_VAE)
+    assert decoding.error(make("together", "by_frames", "compile"), make(), 2, CPU, cells=2) < 1e-4
+    args = bench.arguments().parse_args([*QUICK, "--compile"])
+    assert bench.decoders(args) == {"eager": [()], "together": [("together",), ("by_frames",), ("channels_last",), ("autotune",), (*decoding.SWITCHES[:-1],),
+                                                              decoding.SWITCHES], "alone": [("compile",)]}
 
 
 # What it is held against
@@ -225,7 +243,7 @@ def test_memory_that_grows_is_seen():
 def test_a_spent_budget_leaves_what_there_is():
     saved = []
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--budget-minutes", "1e-9"]), CPU, lambda r: saved.append(json.dumps(r)))
-    assert result["runs"] == {} and bench.OVER in result["missing"].values() and len(saved) == len(result["missing"])
+    assert result["runs"] == {} and len(saved) == list(result["missing"].values()).count(bench.OVER) > 3
 
 
 def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):

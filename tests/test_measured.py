@@ -76,6 +76,6 @@ def test_the_report_has_the_row_and_its_provenance(tmp_path):
 def test_the_bench_writes_what_this_reads(tmp_path):
     from tmlib import bench
     bench.main(["--variant", "smoke", "--size", "32", "--repeats", "1", "--layers", "1", "--settings", "2x1", "--parts", "eager",
-                "--out", str(tmp_path / "cpu.json")])
+                "--budget-minutes", "1000", "--out", str(tmp_path / "cpu.json")])
     (found,) = measured.rows(tmp_path)
     assert found["variant"] == "smoke" and found["setting"] == "2 x 1" and found["form"] == "eager" and found["ms_p50"] > 0

@@ -32,7 +32,7 @@ def random_vae(device, dtype, seed=0, **shape):
         torch.manual_seed(seed)
         net = AutoencoderKLWan(**shape)
     net.encoder = None
-    return WanVAE(net.to(dtype)).eval().requires_grad_(False)
+    return WanVAE(torch.nn.Module.to(net, dtype)).eval().requires_grad_(False)
 
 
 class Scene:

@@ -95,7 +95,7 @@ class Decoder:
         try:
             work = self.group.send([z], 1, self.tag)
             if blocking:
-                work.wait()
+                work = work.wait() and None                  # gloo's second wait for the same send would never end
         except RuntimeError as error:
             raise self.ended() from error
         self.sending[chunk.index] = work, z                  # z must live until it has arrived
@@ -109,7 +109,8 @@ class Decoder:
         if past is not None:
             chunk.saved = (*(chunk.saved or ()), unpacked(past))
         work, _ = self.sending.pop(chunk.index)
-        work.wait()                                          # over long ago
+        if work is not None:
+            work.wait()                                      # over long ago
         return chunk
 
     def frames(self, shape):

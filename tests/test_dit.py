@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tmlib import attention as att
 from tmlib.config import UserError
 from tmlib.dit import OUR_DEFAULTS, VARIANTS, DiTConfig, WanDiT
 from tmlib.layers import Context
-from tmlib.weights import read_config, renamed
+from tmlib.weights import FLOAT32, read_config, renamed
 
 TINY = dict(text_dim=10, image_dim=12, audio_dim=6, audio_tokens=5, audio_width=16, audio_hidden=24, freq_dim=32, ffn_dim=48,
             num_attention_heads=2, attention_head_dim=16)
@@ -50,10 +51,17 @@ PARITY = [  # heads, head_dim, in, image_dim, freq_dim, ffn, frames, H, W
     (2, 22, 20, None, 16, 33, 6, 2, 8), (1, 6, 36, 24, 32, 48, 21, 4, 4)]
 
 
-def reference(heads, head_dim, channels, image_dim, freq_dim, ffn):
+def drawn(seed):
+    """One more row of PARITY, at random: any number of heads, odd frame counts, uneven sides."""
+    r = random.Random(seed)
+    return (r.randint(1, 9), 2 * r.randint(3, 24), r.choice([16, 36]), r.choice([None, r.randint(5, 40)]), 2 * r.randint(4, 64), r.randint(16, 120),
+            r.randint(1, 13), 2 * r.randint(1, 5), 2 * r.randint(1, 5))
+
+
+def reference(heads, head_dim, channels, image_dim, freq_dim, ffn, layers=2):
     from diffusers import WanTransformer3DModel
     model = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=head_dim, in_channels=channels, text_dim=20, freq_dim=freq_dim,
-                                  ffn_dim=ffn, num_layers=2, image_dim=image_dim, added_kv_proj_dim=heads * head_dim if image_dim else None)
+                                  ffn_dim=ffn, num_layers=layers, image_dim=image_dim, added_kv_proj_dim=heads * head_dim if image_dim else None)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.03 * torch.randn_like(p))
@@ -66,7 +74,7 @@ def ours(ref, **more):
     return WanDiT.from_variant("smoke", **{**same, "audio_dim": None, **more})
 
 
-@pytest.mark.parametrize("heads,head_dim,channels,image_dim,freq_dim,ffn,frames,H,W", PARITY)
+@pytest.mark.parametrize("heads,head_dim,channels,image_dim,freq_dim,ffn,frames,H,W", [*PARITY, *map(drawn, range(20))])
 @torch.no_grad()
 def test_equals_diffusers(heads, head_dim, channels, image_dim, freq_dim, ffn, frames, H, W):
     torch.manual_seed(heads * head_dim)
@@ -76,6 +84,28 @@ def test_equals_diffusers(heads, head_dim, channels, image_dim, freq_dim, ffn, f
     x, t, text = torch.randn(2, channels, frames, H, W), torch.tensor([999.0, 123.4]), torch.randn(2, 512, 20)
     image = torch.randn(2, 9, image_dim) if image_dim else None
     close(dit(x, t, text=text, image=image), ref(x, t, text, image, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("heads,image_dim", [(3, 24), (4, None)])
+@torch.no_grad()
+def test_equals_diffusers_in_half_precision(tmp_path, monkeypatch, heads, image_dim):
+    """Four blocks in bfloat16, norms, time embedder and modulation in float32, as diffusers keeps them."""
+    torch.manual_seed(heads)
+    ref = reference(heads, 16, 36, image_dim, 32, 64, layers=4)
+    monkeypatch.setattr(type(ref), "_keep_in_fp32_modules", None)                       # or it asks for `accelerate`
+    ref.save_pretrained(tmp_path)
+    dit = WanDiT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    x, t, text = torch.randn(2, 36, 5, 6, 4), torch.tensor([999.0, 123.4]), torch.randn(2, 512, 20)
+    image = torch.randn(2, 9, image_dim) if image_dim else None
+    exact = ref(x, t, text, image, return_dict=False)[0]
+    for name, p in ref.named_parameters():
+        if not any(part in name for part in FLOAT32):
+            p.data = p.data.bfloat16()
+    half = lambda y: None if y is None else y.bfloat16()
+    want = ref(half(x), t, half(text), half(image), return_dict=False)[0].float()
+    got = dit(half(x), t, text=half(text), image=half(image)).float()
+    close(got, want, 2e-2)
+    assert want.std() > 0.2 and (want - exact).abs().max() > 1e-3                       # it is half precision, and something comes out
 
 
 @torch.no_grad()

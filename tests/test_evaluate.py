@@ -73,7 +73,7 @@ def test_a_perfect_copy_scores_perfectly(bench):
     assert {"lip_r_lo", "lip_r_hi", "lip_r_flat", "lip_r_line"} <= set(out) and "lip_r_soft3d" not in out
     assert out["lip_r_flat"] > 0.999 and out["lip_width_r"] > 0.999 and out["lip_opening_mae"] < 0.003
     assert abs(out["lip_r_shuffled"]) < 0.4 and out["lip_offset_frames"] == 0
-    assert out["border_ratio"] == pytest.approx(out["border_ratio_real"]) and out["motion_ratio"] == pytest.approx(1)
+    assert out["border_ratio"] == pytest.approx(out["border_ratio_real"]) and out["seam_ratio"] == pytest.approx(out["seam_ratio_real"]) and out["motion_ratio"] == pytest.approx(1)
     assert out["listening_opening_mean"] == out["reader_closed_bias"] == 0 and out["listening_excess"] == 0
     assert out["listening_motion"] == pytest.approx(out["listening_motion_real"])
     assert out["psnr_db"] > 100 and out["frechet"] == pytest.approx(0, abs=1e-3) and out["identity_distance"] < 0.01
@@ -96,7 +96,7 @@ def test_other_faults_are_found(bench):
     jumps = clips.frames.copy()
     jumps[:, 9:21, 4:12] = 255 - jumps[:, 9:21, 4:12]                    # chunk 1 of chunks of 3 has other colours
     out = evaluate.score(jumps, bench, 3)[0]
-    assert out["border_ratio"] > 2 * out["border_ratio_real"] and out["motion_ratio"] > 1.1 and out["psnr_db"] < 30
+    assert out["border_ratio"] > 2 * out["border_ratio_real"] and out["seam_ratio"] > 2 * out["seam_ratio_real"] and out["motion_ratio"] > 1.1 and out["psnr_db"] < 30
     open_mouth = clips.truth.copy()
     open_mouth[clips.where(kind="listening"), :, 0] = 0.25
     out = evaluate.score(draw(open_mouth, clips.looks), bench, 3)[0]

@@ -43,6 +43,11 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     assert hub.find_part("Wan-AI/Some", "vae") == part
     wanted = lambda name: any(fnmatch.fnmatch(name, p) for p in asked["Wan-AI/Some"])
     assert all(map(wanted, ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors")))
+    hub.download("Wan-AI/Both", "transformer")                               # diffusers' layout, and Wan2.1's own
+    both = [any(fnmatch.fnmatch(name, p) for p in asked["Wan-AI/Both"]) for name in (
+        "transformer/diffusion_pytorch_model-00001-of-00014.safetensors", "diffusion_pytorch_model-00001-of-00007.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json", "config.json", "models_t5_umt5-xxl-enc-bf16.pth", "vae/diffusion_pytorch_model.safetensors")]
+    assert both == [True] * 4 + [False] * 2
     assert not any(map(wanted, ("vae/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.safetensors", "x.bin")))
 
     def offline(*_, **__):

@@ -1,11 +1,17 @@
 """latency: the ladder's rungs do the work they claim to do, no less and no more. No timing is judged here."""
+import os
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
+from fakes import IMAGE, FakeEars, FakeVAE
 from tiny import make_dit
 
-from tmlib import attention, latency
+from tmlib import attention, latency, soak
 from tmlib.latency import Forgetful, dit_ladder
+from tmlib.placement import PLACEMENTS, Chunk
+from tmlib.stream import Streamer
 
 P = SimpleNamespace(steps=2, shift=3.0, chunk=3, cache="per_step", seed=0)
 
@@ -43,3 +49,80 @@ def test_forgetting_changes_no_number():
     assert all(torch.equal(a, b) for a, b in zip(*out))
     assert not torch.equal(out[0][0], out[0][1])                         # the cache itself is at work
     assert attention.WINDOW == 21 and latency.Forgetful().setdefault("a", 1) == 1
+
+
+# Streams
+
+def run(times, **stages):
+    """Chunks delivered at `times`, from 10.0 on; each stage took so many seconds, ending at the delivery."""
+    began = [10.0, *times[:-1]]
+    return [Chunk(i, 0, i == 0, marks={"out": (b, t), **{s: (t - d, t) for s, d in stages.items()}})
+            for i, (b, t) in enumerate(zip(began, times))]
+
+
+def test_summary_by_hand():
+    calm = run([10.5, 10.9, 11.0, 11.2, 11.4], hear=0.01, dit=0.05, vae=0.1)
+    noisy = run([10.7, 12.0, 13.0, 14.0, 15.0], hear=0.01, dit=0.15, vae=0.1)
+    made = latency.summary([calm, noisy], frames=12, warmup=1)
+    assert made["first_frame_ms"] == pytest.approx(500)
+    assert made["fps"] == pytest.approx(12 / 0.5 * 3)                    # three intervals in half a second, the better run
+    assert made["chunk_ms_p50"] == pytest.approx(600) and made["dit_ms_p50"] == pytest.approx(100)
+    assert made["vae_busy"] == pytest.approx(6 * 0.1 / 3.5) and made["dit_busy"] == pytest.approx((3 * 0.06 + 3 * 0.16) / 3.5)
+    assert "frames_ms_p50" not in made                                   # nothing was sent
+    assert latency.bound({"dit_ms_p50": 20, "hear_ms_p50": 3, "vae_ms_p50": 40}, 12) == 300
+    assert latency.bound({"dit_ms_p50": 50, "hear_ms_p50": 10, "vae_ms_p50": 40}, 12) == 200
+
+
+def test_streams_are_timed_where_they_serve(tmp_path):
+    streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
+    found, last = latency.in_turns({"serial": streamer}, IMAGE, chunks=5, rounds=2, warmup=1)
+    chunks = last["serial"]
+    assert len(chunks) == 5 and all(c.frames is None for c in chunks)
+    for a, b in zip(chunks, chunks[1:]):
+        assert a.marks["out"][1] == b.marks["out"][0] < b.marks["hear"][0] < b.marks["dit"][0] < b.marks["vae"][0] < b.marks["out"][1]
+    assert 0 < found["serial"]["dit_busy"] + found["serial"]["vae_busy"] <= 1
+    latency.gantt(tmp_path / "gantt.png", last, first=1, n=3)
+    assert (tmp_path / "gantt.png").stat().st_size > 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux chooses cores")
+def test_cores_are_given_back():
+    before = os.sched_getaffinity(0)
+    with latency.cores(1):
+        assert len(os.sched_getaffinity(0)) == 1 == latency.free_cores()
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_matrix_has_every_combination():
+    p = SimpleNamespace(sizes=[3, 7], steps=[1, 2], chunks_each=3, warmup_each=1)
+    ears = FakeEars()
+    ears.tokens_per_latent = 4
+    rows = latency.matrix(make_dit(), FakeVAE(), ears, IMAGE, p, P)
+    assert [(r["chunk"], r["steps"], r["placement"]) for r in rows] == [(c, s, name) for c in (3, 7) for s in (1, 2) for name in PLACEMENTS]
+    assert all(r["fps"] > 0 and (r["placement"] == "two_process") == ("frames_ms_p50" in r) for r in rows)
+    cost = {(r["chunk"], r["steps"]): r["gflop"] for r in rows}
+    assert cost[3, 2] > 1.5 * cost[3, 1] and cost[7, 1] > cost[3, 1]
+
+
+@torch.no_grad()
+def test_twins_of_the_student_agree_and_one_of_them_is_diffusers():
+    dit = make_dit(audio_tokens=4, prior_std=((0.5, 0.2), (0.3, 0.4)), condition="repeat")
+    ours, theirs = latency.silent_twins(dit)
+    g = torch.Generator().manual_seed(0)
+    x, t, text, image = (torch.randn(*s, generator=g) for s in ((1, 36, 6, 4, 4), (1,), (1, 512, 10), (1, 3, 12)))
+    a, b = ours(x, 500 + t, text=text, image=image), theirs(x, 500 + t, text, image, return_dict=False)[0]
+    assert torch.allclose(a, b, atol=1e-4) and a.std() > 0.01
+    seconds = latency.against_diffusers(dit, 4, 3, 3)
+    assert {name: len(s) for name, s in seconds.items()} == {"cached": 3, "window": 3}
+
+
+def test_a_soak_compares_its_end_with_its_beginning(monkeypatch):
+    monkeypatch.setattr(soak, "EACH", 3)
+    monkeypatch.setattr(soak, "WARMUP", 2)
+    found = soak.soak(Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars()), IMAGE, 12)
+    assert found["chunks"] == 12 and found["slower"] == pytest.approx(found["last_ms_p50"] / found["first_ms_p50"] - 1)
+    if os.path.exists("/proc/self/statm"):
+        assert found["resident_mb_first"] > 10 and found["grown"] < 0.5
+    assert soak.resident("no such process") == 0
+    with pytest.raises(soak.UserError, match="--chunks 7: give at least 8"):
+        soak.main(["--chunks", "7"])

@@ -116,7 +116,7 @@ def test_plan_and_bench_run_their_modules(tmp_path):
     for name in ("plan", "bench"):
         (tmp_path / "tmlib" / f"{name}.py").write_text(f"import sys\nprint('{name}', sys.argv[1:])\n")
     assert make(tmp_path, "plan").stdout == "plan ['talkingmachines-18b']\n"
-    assert make(tmp_path, "plan", "ARGS=smoke --gpus 2").stdout == "plan ['smoke', '--gpus', '2']\n"
+    assert make(tmp_path, "plan", "VARIANT=smoke", "ARGS=--gpus 2").stdout == "plan ['smoke', '--gpus', '2']\n"
     assert make(tmp_path, "bench").stdout == "bench []\n" and make(tmp_path, "bench", "ARGS=--layers 2").stdout == "bench ['--layers', '2']\n"
 
 

@@ -75,6 +75,16 @@ def test_border_ratio():
     assert metrics.border_ratio(np.zeros_like(video), 3).tolist() == [0, 0]                 # a still picture has no borders
 
 
+def test_seam_ratio_sees_chunks_and_not_the_codecs_clock():
+    frame = np.arange(33)                                                # frame 0, then groups of four
+    group = (frame + 3) // 4
+    video = np.stack([frame + 2 * group, frame + 2 * group + 6 * (group >= 3)])           # 3 across groups; 9 across the first seam
+    video = np.broadcast_to(video[..., None, None, None], (2, 33, 8, 8, 3)).astype(np.uint8)
+    np.testing.assert_allclose(metrics.seam_ratio(video, 3), [1, 2])
+    assert metrics.border_ratio(video, 3)[0] > 2                         # the codec's own jumps are in this one
+    assert metrics.seam_ratio(np.zeros_like(video), 3).tolist() == [0, 0]
+
+
 # ---- fidelity ----------------------------------------------------------------------------------
 
 def test_psnr(rng):

@@ -20,7 +20,7 @@ def lips(r):
     ends = {f"{k}_{end}": v + by for k, v in values.items() for end, by in (("lo", -0.012), ("hi", 0.012))}
     return RUN | values | ends | dict(lip_r_shuffled=0.02, lip_offset_frames=0, lip_r_ceiling=0.92, lip_r_natural=0.78, psnr_db=22.4,
                                       listening_opening_mean=0.03, speaking_opening_mean=0.31, reader_closed_bias=0.01,
-                                      border_ratio=1.3, border_ratio_real=1.01, frechet=3.2)
+                                      border_ratio=1.3, seam_ratio=1.05, seam_ratio_real=1.01, frechet=3.2)
 
 
 def good():
@@ -32,6 +32,7 @@ def good():
         "streaming": RUN | drift | dict(chunks=1000, toggle_latency_frames=3, lip_r_first_minute=0.851, lip_r_last_minute=0.846),
         "latency": dict(scale="mini", serial_fps=61.2, chunk_ms_p50=1234.5, device="CPU, 2 threads", speedup_two_device=1.6,
                         speedup_overlap=1.1, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
+        "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, first_frame_ms=80.0)]),
         "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
         "tradeoff": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2),
         "conversation": dict(turns=12, reply_ms_p95=800.0),
@@ -277,7 +278,7 @@ def test_the_same_metrics_give_the_same_bytes(root, tmp_path_factory):
     assert digest(root) == first == digest(other)
     made = {path.removeprefix("reports/") for path in first}
     assert {"claims.json", "index.html", "figures/lip_r_of_every_run.png"} <= made
-    assert {f"tables/{t}.{kind}" for t in ("claims", "quality", "drift", "latency") for kind in ("md", "csv", "tex")} <= made
+    assert {f"tables/{t}.{kind}" for t in ("claims", "quality", "drift", "latency", "latency_matrix") for kind in ("md", "csv", "tex")} <= made
 
 
 def test_a_run_with_nothing_measured_still_has_its_page(tmp_path):

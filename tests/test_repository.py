@@ -27,21 +27,25 @@ ALLOWED = {
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers weights", "vae": "attention weights", "audio": "attention weights",
     "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data vae", "muon": "",
-    "chain": "dit flow", "stream": "chain dit vae audio flow attention", "sampling": "chain flow latents dit",
+    "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
+    "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow sampling",
     "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
-    "latency": "chain flow attention", "robustness": "data speech evaluate metrics sampling latents",
+    "faces": "", "footage": "data faces media", "videos": "data faces footage",
+    "latency": "chain dit flow attention figures metrics placement plan sound stream", "capacity": "", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "measured": "", "report": "measured metrics media figures", "readme": "figures report",
     "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention dit plan weights", "decoding": "clock stand_in",
     "timing": "attention chain clock decoding fast flow plan stand_in", "baselines": "attention clock stand_in",
 }
+ALLOWED["soak"] = "latency placement sound"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "stream", "fast", "clock", "plan", "stand_in", "decoding", "timing", "baselines", "bench"]
-HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx"]
+LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "clock", "plan",
+         "stand_in", "decoding", "timing", "baselines", "bench"]
+HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
 
 
 def yaml(name):

@@ -6,50 +6,16 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
 from tiny import make_dit
 
 from tmlib import flow, stream
 from tmlib.chain import CACHES, rollout
 from tmlib.config import UserError
-from tmlib.stream import Sound, Streamer
+from tmlib.stream import Streamer
 from tmlib.vae import i2v_condition
 
 TS = flow.timesteps(2, 5)
-
-
-# The streamer, with the smallest codec and ears that keep the contract
-
-class FakeVAE:
-    """Frames are the mean latent plus a counter kept in the cache: a decoder that notices a lost or repeated chunk."""
-
-    def encode(self, video):
-        return video[:, :1, ::4, ::8, ::8].expand(-1, 16, -1, -1, -1) * 0.5
-
-    def decode(self, z, cache=None):
-        start = 0 if cache is None else cache
-        video = z.mean(1, keepdim=True).repeat_interleave(4, 2)[:, :, 3 if cache is None else 0:].expand(-1, 3, -1, -1, -1)
-        return (video + 0.01 * start).repeat_interleave(8, 3).repeat_interleave(8, 4), start + z.shape[2]
-
-
-class FakeEars:
-    """A token is the sum of its own frames' samples: any sample lost, doubled or late changes it."""
-
-    lookahead_samples = 700
-
-    def __init__(self):
-        self.calls = []
-
-    def tokens(self, wave, first, n, start=0):
-        self.calls.append((first, len(wave)))
-        edges = [max(4 * k - 3, 0) * 1000 - start for k in range(first, first + n + 1)]
-        assert edges[0] >= 0 and edges[-1] + self.lookahead_samples <= len(wave)
-        sums = [wave[a:b].sum() for a, b in itertools.pairwise(edges)]
-        return torch.tensor(sums, dtype=torch.float32)[:, None, None].expand(n, 4, 6) + torch.arange(6.0)
-
-
-IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-WAVE = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
-PROMPT = dict(text=torch.ones(1, 3, 10), image_tokens=torch.ones(1, 2, 12), audio_mask=torch.ones(2, 2))
 
 
 def speak(wave=WAVE, streamer=None, **more):
@@ -147,16 +113,49 @@ def test_bad_input_gets_one_line():
         with pytest.raises(UserError) as error:
             list(streamer.stream(image, wave, **PROMPT))
         assert line in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="placement 'cloud' is unknown; choose one of serial"):
+    with pytest.raises(UserError, match="placement 'cloud' is unknown; choose one of serial, overlap"):
         Streamer(make_dit(), FakeVAE(), FakeEars(), placement="cloud")
 
 
-def test_sound_forgets_whole_seconds_only():
-    sound = Sound([np.arange(100_000, dtype=np.float32)], history=8000)
-    sound.until(50_000)
-    sound.forget(45_000)
-    assert sound.start == 32_000 and sound.wave[0] == 32_000 and sound.end == 100_000
-    sound.forget(45_000)
-    assert sound.start == 32_000
-    sound.until(100_010)
-    assert sound.total == 100_000 and sound.end == 100_010 and (sound.wave[-10:] == 0).all()
+def test_chunks_know_their_place_in_time():
+    chunks = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, WAVE, **PROMPT))
+    assert [c.frame for c in chunks] == [0, 9, 21, 33, 45] and [c.index for c in chunks] == [0, 1, 2, 3, 4]
+    assert [c.opens for c in chunks] == [True] + 4 * [False] and not any(c.listening for c in chunks)
+    assert [len(c.wave) for c in chunks] == [1000 * len(c.frames) for c in chunks]
+    assert np.array_equal(np.concatenate([c.wave for c in chunks]), np.pad(WAVE, (0, 7000)))
+    for c in chunks:
+        stages = [c.marks[name] for name in ("hear", "dit", "vae")]
+        assert all(began <= ended for began, ended in stages) and stages == sorted(stages)
+
+
+def test_silence_is_listened_to():
+    """Chunks of digital silence take the listening prompt: as if somebody had switched by hand, and no cache is touched."""
+    wave, listening = WAVE.copy(), -3 * PROMPT["text"]
+    wave[21_000:33_000] = 0                                                             # chunk 2, exactly
+    chunks = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, wave, listening=listening, **PROMPT))
+    assert [c.listening for c in chunks] == [False, False, True, False, False]
+    streamer, by_hand = Streamer(make_dit(), FakeVAE(), FakeEars()), []
+    for i, frames in enumerate(streamer.stream(IMAGE, wave, **PROMPT)):
+        by_hand.append(frames)
+        streamer.set_text(listening if i == 1 else PROMPT["text"])
+    assert all(np.array_equal(c.frames, f) for c, f in zip(chunks, by_hand, strict=True))
+    assert not np.array_equal(chunks[2].frames, speak(wave)[2])
+
+
+def test_another_picture_begins_at_a_chunks_border():
+    streamer, ears, other = Streamer(make_dit(), FakeVAE(), FakeEars(), seed=3), FakeEars(), IMAGE[::-1].copy()
+    chunks = []
+    for chunk in streamer.chunks(IMAGE, WAVE, **PROMPT):
+        chunks.append(chunk)
+        if len(chunks) == 2:
+            streamer.set_image(other, PROMPT["image_tokens"])
+    assert [(c.frame, c.opens, len(c.frames)) for c in chunks] == [
+        (0, True, 9), (9, False, 12), (21, True, 9), (30, False, 12), (42, False, 12)]  # no frame of sound lost or heard twice
+    assert np.array_equal(np.concatenate([c.wave for c in chunks]), np.pad(WAVE, (0, 4000)))
+    noise = torch.Generator().manual_seed(3)
+    for _ in range(4):                                                                  # two chunks of two steps
+        torch.randn(1, 16, 3, 4, 4, generator=noise)
+    audio = ears.tokens(np.pad(WAVE, (0, 20_000))[21_000:], 0, 9)[None]                 # the sound goes on where it was
+    z = rollout(streamer.dit, i2v_condition(FakeVAE(), stream.to_video(other), 21, "grey"), chunks=3, timesteps=TS,
+                text=PROMPT["text"], image=PROMPT["image_tokens"], audio=audio, audio_mask=torch.ones(1, 9, 2, 2), generator=noise)
+    assert np.array_equal(chunks[2].frames, stream.to_frames(FakeVAE().decode(z[:, :, :3])[0]))

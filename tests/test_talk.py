@@ -92,9 +92,9 @@ def test_command_makes_the_video_and_passes_its_options(files, capsys):
     def load(folder, **options):
         asked.update(options, folder=folder)
         return fake(in_world=False)
-    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2"]
+    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2", "--placement", "overlap"]
     assert talk.main(command(files, *options), load) == 0
-    assert asked == {"folder": files / "models", "seed": 7, "steps": 4, "cache": "clean_pass", "prompt": "flat"}
+    assert asked == {"folder": files / "models", "seed": 7, "steps": 4, "cache": "clean_pass", "prompt": "flat", "placement": "overlap"}
     with av.open(str(files / "out.mp4")) as video:
         assert (video.streams.video[0].frames, video.streams.video[0].width) == (41, 32)
     said = capsys.readouterr()
@@ -213,6 +213,15 @@ def test_untrained_networks_talk_through_the_real_streamer(files, monkeypatch, c
     with av.open(str(files / "out.mp4")) as video:
         assert video.streams.video[0].frames == 41
     assert capsys.readouterr().err.startswith("warning:")
+    made = (files / "out.mp4").read_bytes()
+    assert talk.main(command(files, "--style-prompt", "flat", "--placement", "overlap")) == 0
+    assert (files / "out.mp4").read_bytes() == made
     (folder / "student" / "stream.json").unlink()
     with pytest.raises(config.UserError, match="stream.json"):
         talk.main(command(files))
+
+
+def test_placements_are_those_of_the_runtime():
+    from tmlib.placement import PLACEMENTS
+    offered = next(a for a in talk.arguments()._actions if a.dest == "placement")
+    assert offered.choices == PLACEMENTS and offered.default == PLACEMENTS[0]

@@ -10,8 +10,9 @@ import math
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from copy import copy
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,13 @@ class Clips:
     def where(self, **wanted) -> np.ndarray:
         """Indices of the clips whose meta agrees: `clips.where(kind="speaking", style="flat")`."""
         return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
+
+    def first(self, n: int) -> "Clips":
+        """The first n clips; of drawn ones, styles and kinds keep their shares."""
+        part = copy(self)
+        for name in ("frames", "_wave", "truth", "speaking", "mouth", "face", "meta"):
+            setattr(part, name, getattr(self, name)[:n])
+        return part
 
     def examples(self) -> list[int]:
         """A speaking clip of each style to look at; of clips without styles, as real ones are, the first that speak."""

@@ -1,13 +1,130 @@
-"""What each kind of memory buys in the stream: the same chunk, made with ever less repeated work, timed in turns."""
+"""What the runtime takes, and what each of its optimisations buys: timed in the very loop that serves.
+
+A laptop has no second GPU, so here one device is one core: `cores` keeps a stream on one, or gives it two. Medians and rates
+leave the warm-up out. Whatever is compared is measured in turns, since a machine is rarely alone for long.
+"""
+import os
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import attention, flow
+from . import attention, figures, flow, metrics, plan
 from .chain import Chain
+from .dit import WanDiT
+from .placement import Chunk
+from .sound import FRAME
+from .stream import Streamer
 
+ONE, TWO = ("serial", "overlap"), ("two_device", "two_process")           # placements by how many devices they use
+
+
+# Streams
+
+def scene(dit, side: int, seed: int = 0) -> dict[str, Tensor]:
+    """Fixed conditions of a stream: a prompt of 3 tokens, a picture of 17, a face everywhere; side: of the latents."""
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g).to(dit.device, dit.dtype)
+    return {"text": randn(1, 3, dit.config.text_dim), "image_tokens": randn(1, 17, dit.config.image_dim),
+            "audio_mask": torch.ones(side // 2, side // 2)}
+
+
+def streamed(streamer: Streamer, picture: np.ndarray, chunks: int) -> list[Chunk]:
+    """So many chunks of a noise, all taken at once; mark "out": from when one was asked for until it was there."""
+    wave = 0.05 * np.random.default_rng(0).standard_normal((4 * streamer.chunk * chunks - 3) * FRAME).astype(np.float32)
+    made, asked = [], time.perf_counter()
+    for chunk in streamer.chunks(picture, [wave], **scene(streamer.dit, picture.shape[0] // 8)):
+        now = time.perf_counter()
+        chunk.marks["out"], chunk.frames, chunk.wave = (asked, now), None, None
+        made.append(chunk)
+        asked = now
+    return made
+
+
+def summary(runs: list[list[Chunk]], frames: int, warmup: int) -> dict[str, float]:
+    """Numbers of the same stream run several times: rate of the least disturbed run, medians over all chunks after the warm-up."""
+    out = [np.array([c.marks["out"][1] for c in run]) for run in runs]
+    steady = [np.diff(times)[warmup:] for times in out]
+    numbers = {"first_frame_ms": 1e3 * min(run[0].marks["out"][1] - run[0].marks["out"][0] for run in runs),
+               "fps": frames / min(float(s.mean()) for s in steady), **metrics.latency(np.concatenate(steady), "chunk")}
+    late = [c for run in runs for c in run[warmup + 1:]]
+    for stage in ("hear", "dit", "latents", "vae", "frames"):
+        if stage in late[0].marks:
+            numbers |= metrics.latency([ended - began for began, ended in (c.marks[stage] for c in late)], stage)
+    span = sum(float(times[-1] - times[warmup]) for times in out)
+    busy = lambda stage: sum(c.marks[stage][1] - c.marks[stage][0] for c in late) / span
+    return numbers | {"dit_busy": busy("dit") + busy("hear"), "vae_busy": busy("vae")}
+
+
+@contextmanager
+def cores(n: int):
+    """This thread, and those it starts, on n cores; where the system cannot (only Linux can), nothing changes."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:n])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def free_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_turns(ways: dict[str, Streamer], picture, chunks: int, rounds: int, warmup: int) -> tuple[dict[str, dict], dict[str, list]]:
+    """Numbers of each streamer, and the chunks of its last run; one core for placements of one device, two for the others."""
+    runs = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, streamer in ways.items():
+            with cores(1 if streamer.placement in ONE else 2):
+                runs[name].append(streamed(streamer, picture, chunks))
+    return ({name: summary(made, 4 * ways[name].chunk, warmup) for name, made in runs.items()}, {n: made[-1] for n, made in runs.items()})
+
+
+def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
+    """A row for every chunk size, number of steps and placement. how: shift, cache of the student; p: sizes, steps, chunks, warmup."""
+    rows = []
+    with cores(2), Streamer(dit, vae, encoder, "two_process") as first:   # one decoder's process serves all
+        for chunk in p.sizes:
+            for steps in p.steps:
+                ways = {name: Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=flow.timesteps(steps, how.shift), cache=how.cache,
+                                       worker=first.worker) for name in (*ONE, *TWO)}
+                found, _ = in_turns(ways, picture, p.chunks_each, 1, p.warmup_each)
+                cost = plan.total(plan.chunk_flops(dit.config, chunk, (picture.shape[0] // 16) ** 2, steps, text=3, image=17,
+                                                   audio=encoder.tokens_per_latent)) / 1e9
+                rows += [{"chunk": chunk, "steps": steps, "placement": name, "gflop": cost,
+                          "dit_gflop_per_s": 1e3 * cost / numbers["dit_ms_p50"], **numbers} for name, numbers in found.items()]
+    return rows
+
+
+def bound(serial: dict[str, float], frames: int) -> float:
+    """Frames per second of an ideal pipeline of two devices: that of the slower one, from the split measured on one."""
+    return 1e3 * frames / max(serial["dit_ms_p50"] + serial["hear_ms_p50"], serial["vae_ms_p50"])
+
+
+def gantt(path, runs: dict[str, list[Chunk]], first: int, n: int = 5) -> None:
+    """When each device worked on which chunk: chunks first .. first + n of each run."""
+    with figures.figure(path, len(runs), size=(7, 0.4 + 1.1 * len(runs)), squeeze=False, sharex=True) as (fig, axes):
+        for ax, (name, chunks) in zip(axes[:, 0], runs.items()):
+            shown = chunks[first:first + n]
+            zero = shown[0].marks["dit"][0]
+            for c in shown:
+                for y, stage in enumerate(("dit", "vae")):
+                    began, ended = (1e3 * (t - zero) for t in c.marks[stage])
+                    ax.barh(y, ended - began, left=began, height=0.7, color=("#0072b2", "#56b4e9")[c.index % 2])
+                    ax.text((began + ended) / 2, y, c.index, ha="center", va="center", color="white", fontsize=7)
+            ax.set(title=name.replace("_", " "), yticks=(0, 1), yticklabels=("DiT", "VAE"), ylim=(1.6, -0.6))
+        axes[-1, 0].set(xlabel="milliseconds")
+
+
+# The DiT alone
 
 class Forgetful(dict):
     """A `KVCache.memo` that remembers nothing: embeddings, text and image K/V are made anew in every pass."""
@@ -16,8 +133,20 @@ class Forgetful(dict):
         return default
 
 
+@torch.no_grad()
+def turns(ways: dict[str, Callable[[], None]], n: int) -> dict[str, list[float]]:
+    """Seconds of each of n calls of each way, in turns on the same machine."""
+    seconds = {name: [] for name in ways}
+    for _ in range(n):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
 def dit_ladder(dit, side: int, tokens: int, p, chunks: int) -> dict[str, list[float]]:
-    """Seconds that the DiT takes for each of `chunks` chunks, three ways, in turns on the same machine.
+    """Seconds that the DiT takes for each of `chunks` chunks, three ways.
 
     "recompute": chunk 0, the previous and the present chunk through the whole network, at every step;
     "keys_and_values": the first two come from the cache; "everything": so do embeddings, text and image K/V, time modulation.
@@ -45,12 +174,32 @@ def dit_ladder(dit, side: int, tokens: int, p, chunks: int) -> dict[str, list[fl
                 cache.memo = memo
         return lambda: state.next(lambda step: randn(1, 16, n, side, side), **given, **sound(n))
 
-    ways = {"recompute": recompute, "keys_and_values": chained(Forgetful()), "everything": chained(None)}
-    seconds = {name: [] for name in ways}
-    with torch.no_grad():
-        for _ in range(chunks):
-            for name, run in ways.items():
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return turns({"recompute": recompute, "keys_and_values": chained(Forgetful()), "everything": chained(None)}, chunks)
+
+
+def silent_twins(dit: WanDiT):
+    """The same weights without sound, as our model and as diffusers' WanTransformer3DModel, which has no audio path."""
+    from diffusers import WanTransformer3DModel
+    names = ("num_attention_heads", "attention_head_dim", "in_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "image_dim")
+    same = {name: getattr(dit.config, name) for name in names}
+    weights = {name: w for name, w in dit.state_dict().items() if "audio" not in name}
+    ours = WanDiT.from_variant("mini", **same, audio_dim=None, prior_std=None)
+    theirs = WanTransformer3DModel(**same, added_kv_proj_dim=dit.config.dim)
+    for model in (ours, theirs):
+        model.load_state_dict(weights)
+    return [model.to(dit.device).eval().requires_grad_(False) for model in (ours, theirs)]
+
+
+def against_diffusers(dit: WanDiT, side: int, chunk: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of `steps` denoising steps: "cached", one chunk from its K/V cache; "window", diffusers computing all its frames anew.
+
+    The prompt is 512 tokens long: diffusers counts on that when it tells words from picture.
+    """
+    ours, theirs = silent_twins(dit)
+    c, g = dit.config, torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g).to(dit.device)
+    text, image, t = randn(1, plan.TEXT, c.text_dim), randn(1, 17, c.image_dim), torch.full((1,), 900.0, device=dit.device)
+    window, cache = randn(1, c.in_channels, attention.WINDOW, side, side), ours.new_cache(1, side, side, chunk=chunk)
+    x = window[:, :, :chunk].contiguous()
+    ways = {"cached": lambda: ours(x, t, text=text, image=image, cache=cache), "window": lambda: theirs(window, t, text, image)}
+    return turns(ways, steps)

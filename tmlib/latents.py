@@ -1,5 +1,6 @@
 """What the DiT trains on: latents, conditions and tokens of whole splits, and the batches cut from them."""
 import zlib
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -112,6 +113,11 @@ class Latents:
     def batch(self, index) -> Batch:
         s = {k: v[index] for k, v in self.store.items()}
         return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], s["text"], s["image"])
+
+    def first(self, n: int) -> "Latents":
+        part = copy(self)
+        part.store = {k: v[:n] for k, v in self.store.items()}
+        return part
 
     def spread(self) -> list[list[float]]:
         """How far latents stray from their reference picture's, place by place (h, w): what `flow.reference_prior` takes as known."""

@@ -66,6 +66,17 @@ def border_ratio(video: np.ndarray, chunk: int) -> np.ndarray:
     return d[:, at].mean(1) / np.maximum(d[:, ~at].mean(1), 1e-6)
 
 
+def seam_ratio(video: np.ndarray, chunk: int) -> np.ndarray:
+    """Per clip: mean frame difference across chunk borders over that across the other latent frames' borders; (n,).
+
+    A codec draws four frames from a latent, and may jump at each next one; what chunks add to that shows here, and nothing else.
+    """
+    d = frame_difference(video)
+    seams = borders(video.shape[1], chunk)
+    others = np.setdiff1d(np.arange(0, d.shape[1], 4), seams) if chunk > 1 else seams     # with chunks of one there are no others: 1
+    return d[:, seams].mean(1) / np.maximum(d[:, others].mean(1), 1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------- fidelity
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """dB per clip, of uint8 videos (n, T, H, W, 3)."""

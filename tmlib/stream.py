@@ -1,6 +1,19 @@
-"""The streaming runtime: sound in pieces of any size goes in, frames come out chunk by chunk, for ever."""
+"""The streaming runtime: sound in pieces of any size goes in, frames come out chunk by chunk, for ever.
 
-import itertools
+    sound = LiveSound()                                      # another thread calls sound.push(wave), and at last sound.close()
+    with Streamer(dit, vae, encoder, "two_process", resumable=True) as streamer:
+        for chunk in streamer.chunks(picture, sound, text=speaking, listening=listening):
+            play(chunk.frames, chunk.wave)
+
+- Where its two stages run is `placement`'s matter; a live call's sound is `sound.LiveSound`.
+- Prompts and pictures may change while it runs; they take effect at the next chunk's border.
+- Every failure ends the stream with one UserError; what was delivered stays valid, and a resumable stream goes on from there.
+"""
+
+import threading
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,120 +21,231 @@ import torch
 from . import flow
 from .chain import Chain, noise_maker
 from .config import UserError
+from .placement import PLACEMENTS, Chunk, ahead, clearly, decoded, device_of, mark, ready, to_frames
+from .sound import FRAME, RATE, Sound
 from .vae import i2v_condition
 
-RATE, FPS, STRIDE = 16_000, 16, 4                 # samples per second, frames per second, frames per latent frame
-PLACEMENTS = ("serial",)
+STRIDE = 4                                       # frames per latent frame
+BUSY_S = 10                                      # longest that `resume` waits for a chunk still in the making
 
 
-class Sound:
-    """The last seconds of an endless waveform, gathered from pieces of any size; constant memory."""
-
-    def __init__(self, pieces, history):
-        self.pieces = iter([pieces] if hasattr(pieces, "shape") else pieces)
-        self.history, self.start, self.count = history, 0, 0
-        self.ended, self.total = False, None                 # total: all samples there were, once known
-        self.wave = np.zeros(0, np.float32)                  # samples start .. start + len
-
-    @property
-    def end(self):
-        return self.start + len(self.wave)
-
-    def until(self, end):
-        """Read until sample `end` is known; past the last piece comes silence."""
-        parts, have = [self.wave], self.end
-        while have < end and not self.ended:
-            piece = next(self.pieces, None)
-            if piece is None:
-                self.ended, self.total = True, have
-            else:
-                parts.append(self.checked(piece))
-                have += len(parts[-1])
-        self.wave = np.concatenate([*parts, np.zeros(max(end - have, 0), np.float32)])
-
-    def checked(self, piece):
-        piece = np.asarray(piece)
-        self.count += 1
-        if piece.ndim != 1 or piece.dtype.kind != "f" or not np.isfinite(piece).all():
-            raise UserError(f"audio piece {self.count}: expected finite float samples (n,), mono at {RATE} Hz, "
-                            f"got {piece.dtype} {piece.shape}; read files with media.read_audio")
-        return piece.astype(np.float32)
-
-    def forget(self, before):
-        """Drop whole seconds that lie `history` samples before sample `before`."""
-        drop = (before - self.history - self.start) // RATE * RATE
-        if drop > 0:
-            self.wave, self.start = self.wave[drop:].copy(), self.start + drop
+@dataclass
+class Take:
+    """What a running stream holds; `resume` picks it up again."""
+    sound: Sound
+    draw: torch.Generator                        # of the noise
+    image_tokens: torch.Tensor | None
+    audio_mask: torch.Tensor | None
+    chain: Chain | None = None                   # of the present picture
+    offset: int = 0                              # the sound's sample at which this picture began
+    index: int = 0                               # of the next chunk
+    last: tuple | None = None                    # states of DiT and decoder after the last chunk delivered
+    pictures: dict = field(default_factory=dict) # that begin at a chunk not delivered yet: {index: (image, tokens)}
+    busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
 
 
 class Streamer:
     """A talking face for ever: `for frames in streamer.stream(image, audio_chunks)` yields uint8 (t, H, W, 3), chunk by chunk.
 
-    dit, vae, audio_encoder: in one place, see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens,
-    lookahead_samples). history_s: sound that is kept, by default what the encoder needs. Memory and time per chunk do not grow. placement: "serial" (one device, denoise then decode).
-    steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise, context_noise, first_ts: see `Chain`.
+    dit, vae, audio_encoder: see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens, lookahead_samples).
+    Memory and time per chunk do not grow. steps and shift, or `timesteps` outright; chunk, cache, guidance, renoise,
+    context_noise, first_ts: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
+    placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
+    one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
+    of the K/V caches: cheap for a miniature, gigabytes a chunk at full size). blocking: two_process without overlap of transfers.
+    worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=None, **chain):
+                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, blocking=False,
+                 worker=None, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
+        self.placement, self.depth, self.resumable, self.blocking = placement, depth, resumable, blocking
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
-        self.history = getattr(audio_encoder, "history_samples", 8 * RATE) if history_s is None else int(history_s * RATE)
+        history = getattr(audio_encoder, "history_samples", 8 * RATE) if history_s is None else int(history_s * RATE)
+        self.history = history + resumable * (2 * depth + 3) * self.chunk * STRIDE * FRAME
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
-        self.text = None
+        self.text, self.listening, self.take, self.worker = None, None, None, worker
+        self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
+        self.vae_device = vae_device or another(dit.device)
+        if placement == "two_device" and hasattr(vae, "to"):
+            vae.to(self.vae_device)
+        if placement == "two_process":
+            self.decoder()                       # it may start while other things load
+
+    # What a stream may be told while it runs
 
     def set_text(self, text):
         """Change the prompt embedding (1, tokens, text_dim) from the next chunk on: speaking, listening, another mood."""
         self.text = None if text is None else text.to(self.dit.device)
 
-    @torch.no_grad()
-    def stream(self, image, audio_chunks, *, text=None, image_tokens=None, audio_mask=None):
+    def set_image(self, image, image_tokens=None):
+        """Change the picture, uint8 (H, W, 3) of the same size, at the next chunk's border: a new first chunk, the same sound."""
+        self.pictures.append((image, image_tokens))
+
+    def close(self):
+        """Let go of the decoder's process, if there is one."""
+        if self.worker is not None:
+            self.worker.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    # Streams
+
+    def stream(self, image, audio_chunks, *, text=None, listening=None, image_tokens=None, audio_mask=None):
         """Yield frames of picture `image` speaking `audio_chunks`: 1 + 4 (chunk - 1) frames first, then 4 chunk each time.
 
         image: uint8 (H, W, 3). audio_chunks: an iterable of float waveforms (n,), mono 16 kHz, of any sizes, endless if you
-        like; silence is added at its end until the last sample has its frame. text (1, tokens, D), image_tokens
-        (1, tokens, D), audio_mask (h, w) in token units. Raises UserError for a bad picture or bad sound.
+        like, or a LiveSound; silence is added at its end until the last sample has its frame. text (1, tokens, D): the prompt;
+        listening: the prompt of chunks whose sound is digital silence (None: the same). image_tokens (1, tokens, D), audio_mask
+        (h, w) in token units. Raises UserError for a bad picture or bad sound, and for whatever ends a stream early.
         """
+        given = dict(text=text, listening=listening, image_tokens=image_tokens, audio_mask=audio_mask)
+        with closing(self.chunks(image, audio_chunks, **given)) as chunks:
+            for chunk in chunks:
+                yield chunk.frames
+
+    def chunks(self, image, audio_chunks, *, text=None, listening=None, image_tokens=None, audio_mask=None):
+        """`stream` with all that is known of each chunk: see `placement.Chunk`."""
         self.set_text(text)
-        chain, noise = self.begin(image)
-        sound, decoder = Sound(audio_chunks, self.history), None
-        image_tokens, audio_mask = self.placed(image_tokens, audio_mask)
-        for index in itertools.count():
-            first = index * self.chunk
-            audio = self.hear(sound, first)
+        self.listening = None if listening is None else listening.to(self.dit.device)
+        if audio_mask is not None:
+            audio_mask = audio_mask.to(self.dit.device).expand(1, self.chunk, *audio_mask.shape[-2:])
+        self.take = Take(Sound(audio_chunks, self.history), torch.Generator().manual_seed(self.seed), None, audio_mask)
+        self.set_image(image, image_tokens)
+        yield from self.play(self.take)
+
+    def resume(self, audio_chunks=None):
+        """`chunks` after the last one delivered, whatever ended the stream: the same as if nothing had happened.
+
+        audio_chunks: where the sound comes from if its source was lost, from the first sample not heard on.
+        """
+        take = self.take
+        if take is None or not self.resumable:
+            raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
+        if audio_chunks is not None:
+            take.sound.follow(audio_chunks)
+        if not take.busy.acquire(timeout=BUSY_S):
+            raise UserError("the old stream's thread still waits for its sound: end that source first")
+        state, past = take.last or (None, None)
+        if state is not None:
+            restore(take, state)
+        else:                                    # it ended before anything was delivered: begin again
+            take.chain, take.index, take.offset = None, 0, 0
+            take.draw.manual_seed(self.seed)
+        take.busy.release()
+        yield from self.play(take, past)
+
+    def play(self, take, past=None):
+        with closing(self.placed(self.denoised(take), past)) as chunks:
+            for chunk in chunks:
+                take.last, chunk.saved = chunk.saved, None
+                take.pictures.pop(chunk.index, None)
+                yield chunk
+
+    def placed(self, chunks, past):
+        """Chunks of latents decoded, where `placement` says."""
+        if self.placement == "serial":
+            return decoded(chunks, self.vae, self.resumable, past)
+        if self.placement == "two_process":
+            return self.decoder().run(chunks, self.depth, self.resumable, past, self.blocking)
+        denoised = ahead(chunks, self.depth, self.dit.device)
+        return ahead(decoded(denoised, self.vae, self.resumable, past), self.depth, device_of(self.vae))
+
+    def decoder(self):
+        from .two_process import Decoder
+        if self.worker is None or not self.worker.alive:
+            self.close()
+            self.worker = Decoder(self.vae, self.vae_device, self.dit.device)
+        return self.worker
+
+    # The DiT's stage
+
+    def denoised(self, take):
+        """Chunks of latents, as long as there is sound."""
+        while (chunk := self.made(take)) is not None:
+            yield chunk
+
+    @torch.no_grad()
+    def made(self, take):
+        """The next chunk of latents, or None when the sound has ended."""
+        with take.busy, clearly(f"denoising chunk {take.index}"):
+            self.turn(take)
+            first = take.chain.index * self.chunk
+            chunk = Chunk(take.index, self.sample(take, first) // FRAME, opens=first == 0)
+            with mark(chunk, "hear"):
+                audio = self.hear(take, chunk, first)
             if audio is None:
-                return
-            x_0 = chain.next(noise(slice(first, first + self.chunk)), text=self.text, image=image_tokens, audio=audio,
-                             audio_mask=audio_mask)
-            video, decoder = self.vae.decode(x_0, decoder)
-            yield to_frames(video)
+                return None
+            with mark(chunk, "dit"):
+                noise = noise_maker((1, 16, *take.chain.cond.shape[-2:]), None, take.draw, self.dit.device)
+                chunk.latents = take.chain.next(noise(slice(first, first + self.chunk)), image=take.image_tokens, audio=audio,
+                                                text=self.listening if chunk.listening else self.text, audio_mask=take.audio_mask)
+            chunk.ready = ready(chunk.latents)
+            take.index += 1
+            if self.resumable:
+                chunk.saved = (state_of(take),)
+            return chunk
 
-    def begin(self, image):
-        """The chain for a picture, and where its noise comes from."""
-        cond = i2v_condition(self.vae, to_video(image).to(self.dit.device), self.window, self.dit.config.condition)
-        shape = (1, 16, *cond.shape[-2:])
-        return Chain(self.dit, cond, **self.chain), noise_maker(shape, None, torch.Generator().manual_seed(self.seed), cond.device)
+    def turn(self, take):
+        """Begin with a picture if there is a new one: its chain starts here, with the sound that comes next."""
+        picture = self.pictures.pop() if self.pictures else take.pictures.get(take.index)
+        if picture is None:
+            return
+        image, tokens = take.pictures[take.index] = picture
+        cond = i2v_condition(self.vae, to_video(image).to(device_of(self.vae)), self.window, self.dit.config.condition)
+        take.image_tokens = None if tokens is None else tokens.to(self.dit.device)
+        take.offset = self.sample(take, take.chain.index * self.chunk) if take.chain else 0
+        take.chain = Chain(self.dit, cond.to(self.dit.device), **self.chain)
 
-    def hear(self, sound, first):
+    @staticmethod
+    def sample(take, latent):
+        """The stream's sample at which latent frame `latent` of the present picture begins."""
+        return take.offset + max(STRIDE * latent - STRIDE + 1, 0) * FRAME
+
+    def hear(self, take, chunk, first):
         """Audio tokens (1, chunk, tokens, D) of latent frames first .., or None when the sound ended before them."""
-        samples = lambda latent: max(STRIDE * latent - STRIDE + 1, 0) * RATE // FPS       # where a latent frame begins
-        end = samples(first + self.chunk)
+        sound, begin, end = take.sound, self.sample(take, first), self.sample(take, first + self.chunk)
         sound.until(end + self.audio_encoder.lookahead_samples)
-        if sound.ended and sound.total <= samples(first):
+        if sound.ended and sound.total <= begin:
             if sound.total == 0:
                 raise UserError("there is no sound to speak: the audio is empty")
             return None
-        tokens = self.audio_encoder.tokens(sound.wave, first, self.chunk, sound.start)   # (chunk, tokens, D)
+        chunk.wave = sound.wave[begin - sound.start:end - sound.start].copy()
+        chunk.listening = self.listening is not None and not chunk.wave.any()            # digital silence: a pause, or sound too late
+        tokens = self.audio_encoder.tokens(sound.wave, first, self.chunk, sound.start - take.offset)     # (chunk, tokens, D)
         sound.forget(end)
         return tokens[None].to(self.dit.device)
 
-    def placed(self, image_tokens, audio_mask):
-        device = self.dit.device
-        if audio_mask is not None:
-            audio_mask = audio_mask.to(device).expand(1, self.chunk, *audio_mask.shape[-2:])
-        return None if image_tokens is None else image_tokens.to(device), audio_mask
+
+def another(device):
+    """Another GPU than this one, or the same device where there is no other."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    return torch.device("cuda", ((device.index or 0) + 1) % gpus) if gpus > 1 else device
+
+
+def caches_of(chain):
+    return list({id(c): c for pair in chain.caches.values() for c in pair if c is not None}.values())
+
+
+def state_of(take):
+    """All that the DiT's next chunk depends on, copied: the K/V of its context, where it is, and the noise to come."""
+    context = [(c.k.clone(), c.v.clone(), c.filled) for c in caches_of(take.chain)]
+    return take.index, take.offset, take.image_tokens, take.chain, take.chain.index, context, take.draw.get_state()
+
+
+def restore(take, state):
+    take.index, take.offset, take.image_tokens, take.chain, take.chain.index, context, noise = state
+    for cache, (k, v, filled) in zip(caches_of(take.chain), context):
+        cache.k.copy_(k), cache.v.copy_(v)
+        cache.filled = filled
+    take.draw.set_state(noise)
 
 
 def to_video(image):
@@ -131,8 +255,3 @@ def to_video(image):
         raise UserError(f"the picture must be uint8 (H, W, 3), got {image.dtype} {image.shape}; read it with media.read_image")
     image = torch.from_numpy(image.copy())
     return (image.float() / 127.5 - 1).permute(2, 0, 1)[None, :, None]
-
-
-def to_frames(video):
-    """float (1, 3, T, H, W) in [-1, 1] -> uint8 numpy (T, H, W, 3)."""
-    return ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

@@ -101,20 +101,20 @@ def load_models(folder: Path) -> Models:
     return Models(dit, load_codec(folder), load_speech(folder), lips, face, load_conditions(folder), how)
 
 
-def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0):
+def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0, placement: str = "serial"):
     """A Streamer set up as the student was distilled; steps and cache may be tried otherwise."""
     from . import flow, stream
     times = flow.timesteps(steps or m.how["steps"], m.how["shift"])
-    return stream.Streamer(m.dit, m.vae, m.encoder, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
+    return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
 
 
-def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str) -> Talker:
+def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial") -> Talker:
     """Models of a folder, set up for streaming."""
     import torch
 
     from . import data
     m = load_models(folder)
-    streamer = make_streamer(m, steps, cache, seed)
+    streamer = make_streamer(m, steps, cache, seed, placement)
     text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
     region = torch.tensor(m.how["face_region"])                                         # (h, w)
@@ -135,6 +135,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     add("--steps", type=_whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
     add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")
+    add("--placement", choices=("serial", "overlap", "two_device", "two_process"), default="serial",
+        help="where picture and decoder run, see tmlib/placement.py; the frames are the same (default serial)")
     add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
     return parser
 
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Talker] = _load) -> 
     wave = media.read_audio(args.speech, *SECONDS)
     media.read_image(args.face, 64)             # a bad picture should not wait for the models
     print(f"models: {folder}", flush=True)
-    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt)
+    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement)
     image = media.read_image(args.face, talker.size)
     if not talker.in_world(image):
         print(f"warning: {args.face}: unlike the faces these models know; the video may look strange", file=sys.stderr)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
-MOTION = 6.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
+MOTION = 8.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
 JOINS = 6.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
 LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 

@@ -1,0 +1,281 @@
+"""placement, two_process: the same frames wherever the stages run, bounded queues, and a clear end of every failure.
+
+Processes are really killed here. No timing decides anything: a wait ends when what it waits for has happened.
+"""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE
+from tiny import make_dit, stir
+
+from tmlib import config
+from tmlib.config import UserError
+from tmlib.placement import PLACEMENTS, ahead
+from tmlib.stream import Streamer
+from tmlib.vae import VAEConfig, VideoVAE
+
+HERE = [p for p in PLACEMENTS if p != "two_process"]
+
+
+def make(placement="serial", vae=None, **more):
+    return Streamer(make_dit(), vae or FakeVAE(), FakeEars(), placement=placement, **more)
+
+
+def speak(streamer, wave=WAVE):
+    return list(streamer.stream(IMAGE, wave, **PROMPT))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return speak(make())
+
+
+@pytest.fixture(scope="module")
+def remote():
+    with make("two_process") as streamer:
+        yield streamer
+
+
+# ----------------------------------------------------------------------------------------------------------- ahead
+def numbers(n, closed=None):
+    try:
+        yield from range(n)
+    finally:
+        if closed is not None:
+            closed.append(True)
+
+
+def test_ahead_is_the_same_iterator():
+    assert list(ahead(numbers(50))) == list(range(50)) and list(ahead(ahead(numbers(9), 3), 2)) == list(range(9))
+
+
+def test_ahead_stays_within_its_depth():
+    made = []
+    items = ahead((made.append(i) or i for i in range(100)), depth=3)
+    assert next(items) == 0
+    assert until(lambda: len(made) == 4)                                 # three in advance of the one taken
+    time.sleep(0.05)
+    assert len(made) == 4
+    next(items)
+    assert until(lambda: len(made) == 5)
+    items.close()
+    assert len(made) <= 6
+
+
+def test_ahead_tells_errors_in_order_and_closes_what_it_drives():
+    def failing():
+        yield 1
+        raise KeyError("two")
+
+    items = ahead(failing())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="two"):
+        next(items)
+    closed, threads = [], threading.active_count()
+    items = ahead(numbers(10, closed))
+    next(items)
+    items.close()
+    assert until(lambda: closed == [True] and threading.active_count() == threads)
+
+
+# -------------------------------------------------------------------------------------------------------- equality
+@pytest.mark.parametrize("placement", HERE[1:])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_threads_make_the_same_frames(placement, depth, expected):
+    assert same(speak(make(placement, depth=depth)), expected)
+
+
+def test_a_process_makes_the_same_frames_again_and_again(remote, expected):
+    assert same(speak(remote), expected)
+    early = remote.stream(IMAGE, WAVE, **PROMPT)
+    assert np.array_equal(next(early), expected[0])
+    early.close()                                                        # left early: nothing of it shows in the next
+    assert same(speak(remote), expected) and remote.worker.alive
+    remote.blocking = True
+    assert same(speak(remote), expected)
+    remote.blocking = False
+
+
+def test_all_placements_are_bit_equal_with_a_real_codec():
+    vae = stir(VideoVAE(VAEConfig(patch=4, encoder=(8, 8), decoder=(8, 8), blocks=1))).eval().requires_grad_(False)
+    made = {}
+    for placement in PLACEMENTS:
+        with make(placement, vae) as streamer:
+            made[placement] = speak(streamer)
+    assert made["serial"][1].std() > 1 and all(same(made["serial"], frames) for frames in made.values())
+
+
+def test_marks_of_a_process_lie_between_ours(remote):
+    for chunk in remote.chunks(IMAGE, WAVE, **PROMPT):
+        dit, latents, vae, frames = (chunk.marks[name] for name in ("dit", "latents", "vae", "frames"))
+        assert dit[0] < dit[1] <= latents[1] <= vae[0] < vae[1] <= frames[1]
+
+
+# --------------------------------------------------------------------------------------------------- slow consumers
+@pytest.mark.parametrize("placement", PLACEMENTS[1:])
+def test_a_slow_consumer_holds_the_whole_chain_up(placement, remote):
+    streamer = remote if placement == "two_process" else make(placement)
+    calls, most = streamer.audio_encoder.calls, 2 if placement == "two_process" else 3  # taken, and one waiting behind each stage
+    calls.clear()
+    stream = streamer.stream(IMAGE, (WAVE[:4000] for _ in range(1000)), **PROMPT)
+    next(stream)
+    time.sleep(0.5)
+    assert 1 <= len(calls) <= most
+    next(stream)
+    time.sleep(0.5)
+    assert len(calls) <= most + 1
+    stream.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+def broken_off(stream, line):
+    """Frames delivered before a UserError that says `line`."""
+    got = []
+    with pytest.raises(UserError, match=line):
+        for item in stream:
+            got.append(item)
+    return got
+
+
+def test_a_killed_decoder_ends_the_stream_and_resume_goes_on(expected):
+    with make("two_process", resumable=True) as streamer:
+        stream = streamer.stream(IMAGE, WAVE, **PROMPT)
+        got = [next(stream), next(stream)]
+        os.kill(streamer.worker.process.pid, signal.SIGKILL)
+        got += broken_off(stream, r"was killed \(signal 9\)")
+        assert same(got, expected[:len(got)]) and len(got) < 5
+        got += [chunk.frames for chunk in streamer.resume()]
+        assert same(got, expected)
+
+
+def test_a_killed_dit_takes_its_decoder_along(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text("""
+import itertools
+from fakes import IMAGE, PROMPT, WAVE
+from test_placement import make
+if __name__ == "__main__":
+    streamer = make("two_process")
+    for i, _ in enumerate(streamer.stream(IMAGE, itertools.repeat(WAVE), **PROMPT)):
+        if i == 3:
+            print(streamer.worker.process.pid, flush=True)
+""")
+    path = os.pathsep.join([str(config.ROOT), os.path.dirname(__file__)])
+    main = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    worker = int(main.stdout.readline())
+    os.kill(worker, 0)                                                   # it lives
+    main.kill()
+    main.wait()
+    assert until(lambda: gone(worker))
+
+
+def gone(pid):
+    """Whether a process has ended, perhaps not yet buried."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_out_of_memory_in_the_decoder(placement, expected):
+    with make(placement, HungryVAE(), resumable=True) as streamer:
+        got = broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "out of memory when decoding chunk 2")
+        assert same(got, expected[:2])
+        if placement != "two_process":                                   # a worker is begun anew and would be as hungry again
+            assert same(got + [chunk.frames for chunk in streamer.resume()], expected)
+
+
+@pytest.mark.parametrize("placement", HERE)
+def test_out_of_memory_in_the_middle_of_a_chunk(placement, expected):
+    """The DiT fails at the second step of chunk 3, its caches half written; after `resume` nobody can tell."""
+    streamer = make(placement, resumable=True)
+    forward, calls = streamer.dit.forward, []
+
+    def hungry(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    streamer.dit.forward = hungry
+    got = broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "out of memory when denoising chunk 3")
+    assert same(got, expected[:3])
+    assert same(got + [chunk.frames for chunk in streamer.resume()], expected)
+
+
+@pytest.mark.parametrize("placement", ["serial", "overlap", "two_process"])
+def test_a_source_that_breaks_off(placement, remote, expected):
+    def pieces():
+        yield WAVE[:31_000]
+        raise ConnectionError("line is dead")
+
+    streamer = remote if placement == "two_process" else make(placement)
+    streamer.resumable = True
+    got = broken_off(streamer.stream(IMAGE, pieces(), **PROMPT), "source of the sound failed after 1.9 s")
+    assert same(got, expected[:2])
+    assert same(got + [chunk.frames for chunk in streamer.resume([WAVE[31_000:]])], expected)
+    streamer.resumable = False
+
+
+def test_a_mistake_in_the_worker_is_told():
+    with make("two_process", BrokenVAE()) as streamer:
+        assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "process failed: KeyError: 'no such weight'")) == 2
+        assert until(lambda: not streamer.worker.process.is_alive())
+
+
+def test_resume_begins_again_when_nothing_was_delivered_and_needs_a_resumable_stream(expected):
+    with pytest.raises(UserError, match="resumable=True"):
+        next(make().resume())
+    streamer = make(vae=HungryVAE(enough=None), resumable=True)
+    assert broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "decoding chunk 0") == []
+    assert same([chunk.frames for chunk in streamer.resume()], expected)
+
+
+def test_a_picture_that_began_in_what_was_lost_begins_again():
+    def play(vae):
+        streamer, got = make(vae=vae, resumable=True), []
+        def take(chunks):
+            for chunk in chunks:
+                got.append(chunk.frames)
+                if len(got) == 2:
+                    streamer.set_image(IMAGE[::-1].copy(), PROMPT["image_tokens"])
+        try:
+            take(streamer.chunks(IMAGE, WAVE, **PROMPT))
+        except UserError:
+            take(streamer.resume())
+        return got
+
+    whole = play(FakeVAE())
+    assert same(play(FailsOnce(2)), whole) and len(whole[2]) == 9
+
+
+class FailsOnce(FakeVAE):
+    def __init__(self, call):
+        self.call, self.calls = call, 0
+
+    def decode(self, z, cache=None):
+        self.calls += 1
+        if self.calls == self.call + 1:
+            raise MemoryError
+        return super().decode(z, cache)

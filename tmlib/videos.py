@@ -1,0 +1,183 @@
+"""A folder of real videos of people who talk becomes clips: `python -m tmlib.videos FOLDER --out data/clips`.
+
+What is special
+- A video's clips depend on that video alone (`footage`). They are written whole, or not at all, and never made twice: a run that
+  was killed goes on where it was, and any number of workers gives the same bytes.
+- What cannot be used, whole videos or stretches, stands with its reason in unusable.json beside the splits.
+- The splits are those of `data.save_split`. No person is in two of them, if each person's videos lie in a folder of their own;
+  a video at the top counts as a person.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from . import config, faces, footage
+from .config import Progress, UserError, atomic
+from .data import Clip, save_split
+from .footage import Settings
+
+SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+ARRAYS = ("frames", "wave", "truth", "speaking", "mouth", "face")
+
+
+def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, scratch) -> dict[str, dict]:
+    """Clips of all videos below `folder`, as splits below `out`, and out/unusable.json; returns how much each split holds.
+
+    shares: split -> share of the people. scratch: where finished videos wait for the others; emptied at the end.
+    """
+    folder, out, scratch = Path(folder).expanduser(), Path(out), Path(scratch)
+    names = listing(folder)
+    parts = {name: scratch / key(folder / name, name, s) for name in names}
+    sweep(scratch), sweep(out)
+    todo = [(folder / name, part, s) for name, part in parts.items() if not part.exists()]
+    if len(todo) < len(names):
+        print(f"videos: going on after {len(names) - len(todo)} of {len(names)}", flush=True)
+    progress = Progress(len(names), "videos", start=len(names) - len(todo))
+    for _ in done(todo, workers):
+        progress.step()
+    found = {name: json.loads((part / "part.json").read_text()) for name, part in parts.items()}
+    reasons = [{"video": name, **why} for name in names for why in found[name]["unusable"]]
+    config.save_json(out / "unusable.json", {"unusable": reasons})
+    split = divide(sorted({person(name) for name in names if found[name]["clips"]}), shares, folder)
+    numbers = {}
+    for each in shares:
+        mine = [name for name in names if split.get(person(name)) == each and found[name]["clips"]]
+        n = sum(len(found[name]["clips"]) for name in mine)
+        made = (clip for name in mine for clip in stored(parts[name], found[name]["clips"], name, each, s))
+        numbers[each] = save_split(out, each, n, made)
+    for part in parts.values():
+        shutil.rmtree(part)
+    return numbers
+
+
+def settings(p) -> Settings:
+    """Those of the section `data` of params.yaml."""
+    try:
+        return Settings(p.frames, p.fps, p.size, **(p.videos or {}))
+    except TypeError as error:
+        raise UserError(f"params.yaml: data.videos: {error}; known are the fields of footage.Settings") from None
+
+
+def listing(folder: Path) -> list[str]:
+    """Paths of all files that are called videos, relative to the folder, in an order that does not depend on the disk."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with videos of people who talk (data.folder in params.yaml)")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not names:
+        raise UserError(f"{folder}: no videos in it ({', '.join(SUFFIXES)}); put some there, or give another folder")
+    return names
+
+
+def person(name: str) -> str:
+    """Who is in a video: the folder that it lies in, or it alone."""
+    return name.rpartition("/")[0] or name
+
+
+def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[str, str]:
+    """Who goes into which split: in an order that depends on the names alone, cut by the shares, one person each at least."""
+    if len(people) < len(shares):
+        raise UserError(f"{folder}: clips of {len(people)} people, but {len(shares)} splits ({', '.join(shares)}) need one each; add "
+                        "videos, see why others are in unusable.json, or take fewer splits (data.shares, --only)")
+    order = sorted(people, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    before = np.arange(len(shares))
+    ends = np.round(np.cumsum(list(shares.values())) / sum(shares.values()) * len(order)).astype(int)
+    ends = np.clip(np.maximum.accumulate(ends - before), 1, len(order) - before[-1]) + before
+    return {name: split for split, lo, hi in zip(shares, [0, *ends], ends) for name in order[lo:hi]}
+
+
+# ---------------------------------------------------------------------------------------------------- video by video
+def key(path: Path, name: str, s: Settings) -> str:
+    """Changes with the file, the settings and the code that makes clips."""
+    status = path.stat()
+    code = [Path(module.__file__).read_text() for module in (footage, faces)]
+    return hashlib.sha256(repr((name, status.st_size, status.st_mtime_ns, asdict(s), code)).encode()).hexdigest()[:24]
+
+
+def make_part(job: tuple[Path, Path, Settings]) -> None:
+    """All that one video gives: a folder with an .npz a clip, and part.json that lists them and what is unusable."""
+    path, part, s = job
+    made, reasons = [], []
+    with atomic(part) as temporary:
+        temporary.mkdir()
+        for clip, meta in footage.clips(path, s, reasons):
+            np.savez(temporary / f"{len(made)}.npz", **{name: getattr(clip, name) for name in ARRAYS})
+            made.append(meta)
+        (temporary / "part.json").write_text(json.dumps({"clips": made, "unusable": reasons}))
+
+
+def stored(part: Path, metas: list[dict], name: str, split: str, s: Settings) -> Iterator[tuple[Clip, dict]]:
+    """What `make_part` wrote, as `save_split` takes it."""
+    shape = {"split": split, "style": None, "frames": s.frames, "fps": s.fps, "size": s.size}
+    for i, meta in enumerate(metas):
+        with np.load(part / f"{i}.npz") as arrays:
+            clip = Clip(**{name: arrays[name] for name in ARRAYS}, phones=[], voice="")
+        yield clip, {**shape, **meta, "identity": zlib.crc32(person(name).encode()), "source": name}
+
+
+def done(todo: list, workers: int) -> Iterator[None]:
+    """Makes all parts, in this process or in `workers` others, which are fresh: threads of torch do not survive a fork."""
+    if workers <= 1:
+        yield from map(make_part, todo)
+        return
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow) as pool:
+            yield from pool.map(make_part, todo)
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, for lack of memory perhaps; run again, with fewer --workers if need be: it goes on where "
+                        "it was") from None
+
+
+def follow() -> None:
+    """A worker uses one thread, leaves Ctrl-C to the process that started it, and ends when that one was killed."""
+    import torch
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written (`config.atomic` names it so)."""
+    for half in folder.glob(".*.part*") if folder.is_dir() else ():
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+def main(argv: list[str] | None = None) -> int:
+    p = config.load("data")
+    parser = argparse.ArgumentParser(prog="python -m tmlib.videos", description="Cut clips of talking people from a folder of videos.")
+    add = parser.add_argument
+    add("folder", help=f"videos ({', '.join(SUFFIXES)}), in folders below it too: one folder a person")
+    add("--out", default=config.DATA / "clips", metavar="FOLDER", help="where the splits and unusable.json go (default: data/clips)")
+    for name, what in (("size", "pixels of a side"), ("fps", "frames per second"), ("frames", "frames of a clip"), ("workers", "processes")):
+        add(f"--{name}", type=int, default=getattr(p, name), metavar="N", help=f"{what} (default: {getattr(p, name)}, of params.yaml)")
+    add("--only", metavar="SPLIT", help="put everybody into this split (default: data.shares of params.yaml)")
+    args = parser.parse_args(argv)
+    if args.frames % 4 != 1 or args.size % 16 or min(args.frames, args.size, args.fps, args.workers) < 1:
+        raise UserError(f"--frames {args.frames} must be 4 k + 1, --size {args.size} a multiple of 16, --fps and --workers at least 1")
+    p.frames, p.fps, p.size = args.frames, args.fps, args.size
+    shares = {args.only: 1.0} if args.only else p.shares
+    numbers = collect(args.folder, args.out, settings(p), shares, args.workers, config.SCRATCH / "videos")
+    unusable = config.load_json(Path(args.out) / "unusable.json")["unusable"]
+    each = ", ".join(f"{split} {n['clips']}" for split, n in numbers.items())
+    print(f"{args.out}: {sum(n['clips'] for n in numbers.values())} clips ({each}), {len(unusable)} videos or stretches unusable")
+    for reason, n in Counter(u["reason"] for u in unusable).most_common():
+        print(f"{n:6d}  {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    config.cli(main)

@@ -44,8 +44,9 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
     """As `forms`; those that need no compilation are cheap, and first: the fastest of all is who plays beside the model."""
-    plain, last = tuple(s for s in decoding.SWITCHES if s != "compile"), ("compile",) * args.compile
-    return {"eager": [()], "together": [*((s,) for s in plain), plain, *([plain + last] if last else [])], "alone": [last] if last else []}
+    able = tuple(s for s in decoding.SWITCHES if args.compile or s != "compile")
+    plain = tuple(s for s in able if s != "compile")
+    return {"eager": [()], "together": list(dict.fromkeys([*((s,) for s in plain), plain, able])), "alone": [("compile",)] if able != plain else []}
 
 
 def attentions(c, chunk, tokens) -> list[tuple[int, int, int]]:

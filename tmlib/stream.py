@@ -42,6 +42,7 @@ class Take:
     last: tuple | None = None                    # states of DiT and decoder after the last chunk delivered
     pictures: dict = field(default_factory=dict) # that begin at a chunk not delivered yet: {index: (image, tokens)}
     busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
+    run: int = 0                                 # how often it was picked up: threads of earlier runs make no more chunks
 
 
 class Streamer:
@@ -138,11 +139,12 @@ class Streamer:
         else:                                    # it ended before anything was delivered: begin again
             take.chain, take.index, take.offset = None, 0, 0
             take.draw.manual_seed(self.seed)
+        take.run += 1
         take.busy.release()
         yield from self.play(take, past)
 
     def play(self, take, past=None):
-        with closing(self.placed(self.denoised(take), past)) as chunks:
+        with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
                 take.last, chunk.saved = chunk.saved, None
                 take.pictures.pop(chunk.index, None)
@@ -166,15 +168,17 @@ class Streamer:
 
     # The DiT's stage
 
-    def denoised(self, take):
+    def denoised(self, take, run):
         """Chunks of latents, as long as there is sound."""
-        while (chunk := self.made(take)) is not None:
+        while (chunk := self.made(take, run)) is not None:
             yield chunk
 
     @torch.no_grad()
-    def made(self, take):
+    def made(self, take, run):
         """The next chunk of latents, or None when the sound has ended."""
         with take.busy, clearly(f"denoising chunk {take.index}"):
+            if run != take.run:
+                return None
             self.turn(take)
             first = take.chain.index * self.chunk
             chunk = Chunk(take.index, self.sample(take, first) // FRAME, opens=first == 0)

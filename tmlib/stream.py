@@ -12,7 +12,7 @@
 
 import threading
 from collections import deque
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,6 +117,9 @@ class Streamer:
         self.listening = None if listening is None else listening.to(self.dit.device)
         if audio_mask is not None:
             audio_mask = audio_mask.to(self.dit.device).expand(1, self.chunk, *audio_mask.shape[-2:])
+        if self.take is not None:
+            with self.halted(self.take):
+                self.take = None
         self.take = Take(Sound(audio_chunks, self.history), torch.Generator().manual_seed(self.seed), None, audio_mask)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
@@ -131,17 +134,26 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
-        if not take.busy.acquire(timeout=BUSY_S):
-            raise UserError("the old stream's thread still waits for its sound: end that source first")
         state, past = take.last or (None, None)
-        if state is not None:
-            restore(take, state)
-        else:                                    # it ended before anything was delivered: begin again
-            take.chain, take.index, take.offset = None, 0, 0
-            take.draw.manual_seed(self.seed)
-        take.run += 1
-        take.busy.release()
+        with self.halted(take):
+            if state is not None:
+                restore(take, state)
+            else:                                # it ended before anything was delivered: begin again
+                take.chain, take.index, take.offset = None, 0, 0
+                take.draw.manual_seed(self.seed)
         yield from self.play(take, past)
+
+    @staticmethod
+    @contextmanager
+    def halted(take):
+        """No thread of an earlier run makes a chunk of this take, now or later."""
+        if not take.busy.acquire(timeout=BUSY_S):
+            raise UserError("the stream before still waits for its sound: end that source first")
+        take.run += 1
+        try:
+            yield
+        finally:
+            take.busy.release()
 
     def play(self, take, past=None):
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:

@@ -13,7 +13,7 @@
 
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -80,7 +80,7 @@ def ahead(items, depth: int = 1, device=None):
     finally:
         stopped.set()
         room.release()
-        thread.join(1)
+        thread.join(0.5)
 
 
 def own_stream(device):
@@ -109,13 +109,14 @@ def received(chunk: Chunk, device) -> Tensor:
 def decoded(chunks, vae, save: bool = False, past=None):
     """Chunks of latents -> the same with frames. past: the decoder's cache to begin with; save: keep it with each chunk."""
     device = device_of(vae)
-    for chunk in chunks:
-        with clearly(f"decoding chunk {chunk.index}"), mark(chunk, "vae"):
-            video, past = vae.decode(received(chunk, device), None if chunk.opens else past)
-            chunk.frames, chunk.latents = to_frames(video), None
-        if save:
-            chunk.saved = (*(chunk.saved or ()), past)       # decoders never change a cache that they gave
-        yield chunk
+    with closing(chunks):                                    # a failure here ends the stage before at once
+        for chunk in chunks:
+            with clearly(f"decoding chunk {chunk.index}"), mark(chunk, "vae"):
+                video, past = vae.decode(received(chunk, device), None if chunk.opens else past)
+                chunk.frames, chunk.latents = to_frames(video), None
+            if save:
+                chunk.saved = (*(chunk.saved or ()), past)   # decoders never change a cache that they gave
+            yield chunk
 
 
 @contextmanager

@@ -12,7 +12,7 @@
 
 import threading
 from collections import deque
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +42,7 @@ class Take:
     last: tuple | None = None                    # states of DiT and decoder after the last chunk delivered
     pictures: dict = field(default_factory=dict) # that begin at a chunk not delivered yet: {index: (image, tokens)}
     busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
+    run: int = 0                                 # how often it was picked up: threads of earlier runs make no more chunks
 
 
 class Streamer:
@@ -117,6 +118,9 @@ class Streamer:
         self.listening = None if listening is None else listening.to(self.dit.device)
         if audio_mask is not None:
             audio_mask = audio_mask.to(self.dit.device).expand(1, self.chunk, *audio_mask.shape[-2:])
+        if self.take is not None:
+            with self.halted(self.take):
+                self.take = None
         self.take = Take(Sound(audio_chunks, self.history), torch.Generator().manual_seed(self.seed), None, audio_mask)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
@@ -131,19 +135,29 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
-        if not take.busy.acquire(timeout=BUSY_S):
-            raise UserError("the old stream's thread still waits for its sound: end that source first")
         state, past = take.last or (None, None)
-        if state is not None:
-            restore(take, state)
-        else:                                    # it ended before anything was delivered: begin again
-            take.chain, take.index, take.offset = None, 0, 0
-            take.draw.manual_seed(self.seed)
-        take.busy.release()
+        with self.halted(take):
+            if state is not None:
+                restore(take, state)
+            else:                                # it ended before anything was delivered: begin again
+                take.chain, take.index, take.offset = None, 0, 0
+                take.draw.manual_seed(self.seed)
         yield from self.play(take, past)
 
+    @staticmethod
+    @contextmanager
+    def halted(take):
+        """No thread of an earlier run makes a chunk of this take, now or later."""
+        if not take.busy.acquire(timeout=BUSY_S):
+            raise UserError("the stream before still waits for its sound: end that source first")
+        take.run += 1
+        try:
+            yield
+        finally:
+            take.busy.release()
+
     def play(self, take, past=None):
-        with closing(self.placed(self.denoised(take), past)) as chunks:
+        with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
                 take.last, chunk.saved = chunk.saved, None
                 take.pictures.pop(chunk.index, None)
@@ -167,15 +181,17 @@ class Streamer:
 
     # The DiT's stage
 
-    def denoised(self, take):
+    def denoised(self, take, run):
         """Chunks of latents, as long as there is sound."""
-        while (chunk := self.made(take)) is not None:
+        while (chunk := self.made(take, run)) is not None:
             yield chunk
 
     @torch.no_grad()
-    def made(self, take):
+    def made(self, take, run):
         """The next chunk of latents, or None when the sound has ended."""
         with take.busy, clearly(f"denoising chunk {take.index}"):
+            if run != take.run:
+                return None
             self.turn(take)
             first = take.chain.index * self.chunk
             chunk = Chunk(take.index, self.sample(take, first) // FRAME, opens=first == 0)

@@ -29,6 +29,14 @@ def test_a_part_is_found_in_its_pipeline_or_alone(tmp_path):
             hub.find_part(nowhere, "vae")
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    part = make_part(tmp_path / "wan" / "vae")
+    assert hub.find_part("~/wan", "vae") == part
+    with pytest.raises(UserError, match="no such folder"):
+        hub.find_part("~/nowhere", "vae")
+
+
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     import fnmatch
 

@@ -9,6 +9,7 @@ from fakes import IMAGE, FakeEars, FakeVAE
 from tiny import make_dit
 
 from tmlib import attention, latency, soak
+from tmlib.baselines import of_diffusers
 from tmlib.latency import Forgetful, dit_ladder
 from tmlib.placement import PLACEMENTS, Chunk
 from tmlib.stream import Streamer
@@ -64,8 +65,9 @@ def test_summary_by_hand():
     calm = run([10.5, 10.9, 11.0, 11.2, 11.4], hear=0.01, dit=0.05, vae=0.1)
     noisy = run([10.7, 12.0, 13.0, 14.0, 15.0], hear=0.01, dit=0.15, vae=0.1)
     made = latency.summary([calm, noisy], frames=12, warmup=1)
-    assert made["first_frame_ms"] == pytest.approx(500)
-    assert made["fps"] == pytest.approx(12 / 0.5 * 3)                    # three intervals in half a second, the better run
+    assert made["first_frame_ms"] == pytest.approx(600)                  # the median of two is their mean
+    assert latency.rates([calm, noisy], 12, 1) == pytest.approx([12 * 3 / 0.5, 12 * 3 / 3])
+    assert made["fps"] == pytest.approx((72 + 12) / 2)
     assert made["chunk_ms_p50"] == pytest.approx(600) and made["dit_ms_p50"] == pytest.approx(100)
     assert made["vae_busy"] == pytest.approx(6 * 0.1 / 3.5) and made["dit_busy"] == pytest.approx((3 * 0.06 + 3 * 0.16) / 3.5)
     assert "frames_ms_p50" not in made                                   # nothing was sent
@@ -75,13 +77,13 @@ def test_summary_by_hand():
 
 def test_streams_are_timed_where_they_serve(tmp_path):
     streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
-    found, last = latency.in_turns({"serial": streamer}, IMAGE, chunks=5, rounds=2, warmup=1)
-    chunks = last["serial"]
-    assert len(chunks) == 5 and all(c.frames is None for c in chunks)
+    runs = latency.in_turns({"serial": streamer}, IMAGE, chunks=5, rounds=2)["serial"]
+    found, chunks = latency.summary(runs, 12, warmup=1), runs[-1]
+    assert len(runs) == 2 and len(chunks) == 5 and all(c.frames is None for c in chunks)
     for a, b in zip(chunks, chunks[1:]):
         assert a.marks["out"][1] == b.marks["out"][0] < b.marks["hear"][0] < b.marks["dit"][0] < b.marks["vae"][0] < b.marks["out"][1]
-    assert 0 < found["serial"]["dit_busy"] + found["serial"]["vae_busy"] <= 1
-    latency.gantt(tmp_path / "gantt.png", last, first=1, n=3)
+    assert 0 < found["dit_busy"] + found["vae_busy"] <= 1
+    latency.gantt(tmp_path / "gantt.png", {"serial": chunks}, first=1, n=3)
     assert (tmp_path / "gantt.png").stat().st_size > 2000
 
 
@@ -105,9 +107,10 @@ def test_the_matrix_has_every_combination():
 
 
 @torch.no_grad()
-def test_twins_of_the_student_agree_and_one_of_them_is_diffusers():
+def test_without_sound_and_prior_the_student_is_diffusers_model():
     dit = make_dit(audio_tokens=4, prior_std=((0.5, 0.2), (0.3, 0.4)), condition="repeat")
-    ours, theirs = latency.silent_twins(dit)
+    ours = latency.without_sound(dit)
+    theirs = of_diffusers(ours)
     g = torch.Generator().manual_seed(0)
     x, t, text, image = (torch.randn(*s, generator=g) for s in ((1, 36, 6, 4, 4), (1,), (1, 512, 10), (1, 3, 12)))
     a, b = ours(x, 500 + t, text=text, image=image), theirs(x, 500 + t, text, image, return_dict=False)[0]

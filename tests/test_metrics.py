@@ -158,6 +158,14 @@ def test_slope():
     assert metrics.slope(np.array([1.0, 3, 5]), [0, 10, 20]) == pytest.approx(0.2)
 
 
+def test_paired_ratios_do_not_see_what_both_suffer():
+    load = np.array([1, 1, 5, 1, 3, 1, 1, 9.0])                          # a busy machine slows both of a turn
+    found = metrics.paired("x", 2 * load, load)
+    assert found == {"x": 2.0, "x_lo": 2.0, "x_hi": 2.0}
+    uneven = metrics.paired("x", [2, 2, 2, 20], [1, 1, 2, 1])
+    assert uneven["x"] == 2 and uneven["x_lo"] < 2 < uneven["x_hi"]
+
+
 def test_latency():
     made = metrics.latency([0.1] * 50 + [0.2] * 50 + [0.3], "chunk")
     assert set(made) == {"chunk_ms_p50", "chunk_ms_p95"} and made["chunk_ms_p50"] == pytest.approx(200)

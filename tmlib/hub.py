@@ -18,7 +18,7 @@ EDGE = 1 << 20                                   # bytes at either end of a weig
 
 def find_part(source, part: str, config: str = "config.json") -> Path:
     """The folder of `part` ("vae"): the first of `source`/part and `source` itself that holds the file `config`."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_dir():
         if str(source).count("/") != 1 or path.is_absolute() or str(source).startswith("."):
             raise UserError(f"{source}: no such folder; give a folder in diffusers' layout or a hub id such as Wan-AI/...")

@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import attention, figures, flow, metrics, plan
+from .baselines import of_diffusers
 from .chain import Chain
 from .dit import WanDiT
 from .placement import Chunk
@@ -44,12 +46,17 @@ def streamed(streamer: Streamer, picture: np.ndarray, chunks: int) -> list[Chunk
     return made
 
 
+def rates(runs: list[list[Chunk]], frames: int, warmup: int) -> np.ndarray:
+    """Frames per second of each run after its warm-up, (runs,)."""
+    return np.array([frames * (len(run) - 1 - warmup) / (run[-1].marks["out"][1] - run[warmup].marks["out"][1]) for run in runs])
+
+
 def summary(runs: list[list[Chunk]], frames: int, warmup: int) -> dict[str, float]:
-    """Numbers of the same stream run several times: rate of the least disturbed run, medians over all chunks after the warm-up."""
+    """Numbers of the same stream run several times: medians over runs of the rate and the first frame, over chunks of the stages."""
     out = [np.array([c.marks["out"][1] for c in run]) for run in runs]
-    steady = [np.diff(times)[warmup:] for times in out]
-    numbers = {"first_frame_ms": 1e3 * min(run[0].marks["out"][1] - run[0].marks["out"][0] for run in runs),
-               "fps": frames / min(float(s.mean()) for s in steady), **metrics.latency(np.concatenate(steady), "chunk")}
+    numbers = {"first_frame_ms": 1e3 * float(np.median([run[0].marks["out"][1] - run[0].marks["out"][0] for run in runs])),
+               "fps": float(np.median(rates(runs, frames, warmup))),
+               **metrics.latency(np.concatenate([np.diff(times)[warmup:] for times in out]), "chunk")}
     late = [c for run in runs for c in run[warmup + 1:]]
     for stage in ("hear", "dit", "latents", "vae", "frames"):
         if stage in late[0].marks:
@@ -78,14 +85,14 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_turns(ways: dict[str, Streamer], picture, chunks: int, rounds: int, warmup: int) -> tuple[dict[str, dict], dict[str, list]]:
-    """Numbers of each streamer, and the chunks of its last run; one core for placements of one device, two for the others."""
+def in_turns(ways: dict[str, Streamer], picture, chunks: int, rounds: int) -> dict[str, list[list[Chunk]]]:
+    """Every way's stream, `rounds` times, the ways in turns; one core for placements of one device, two for the others."""
     runs = {name: [] for name in ways}
     for _ in range(rounds):
         for name, streamer in ways.items():
             with cores(1 if streamer.placement in ONE else 2):
                 runs[name].append(streamed(streamer, picture, chunks))
-    return ({name: summary(made, 4 * ways[name].chunk, warmup) for name, made in runs.items()}, {n: made[-1] for n, made in runs.items()})
+    return runs
 
 
 def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
@@ -96,7 +103,7 @@ def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
             for steps in p.steps:
                 ways = {name: Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=flow.timesteps(steps, how.shift), cache=how.cache,
                                        worker=first.worker) for name in (*ONE, *TWO)}
-                found, _ = in_turns(ways, picture, p.chunks_each, 1, p.warmup_each)
+                found = {n: summary(made, 4 * chunk, p.warmup_each) for n, made in in_turns(ways, picture, p.chunks_each, 1).items()}
                 cost = plan.total(plan.chunk_flops(dit.config, chunk, (picture.shape[0] // 16) ** 2, steps, text=3, image=17,
                                                    audio=encoder.tokens_per_latent)) / 1e9
                 rows += [{"chunk": chunk, "steps": steps, "placement": name, "gflop": cost,
@@ -177,17 +184,11 @@ def dit_ladder(dit, side: int, tokens: int, p, chunks: int) -> dict[str, list[fl
     return turns({"recompute": recompute, "keys_and_values": chained(Forgetful()), "everything": chained(None)}, chunks)
 
 
-def silent_twins(dit: WanDiT):
-    """The same weights without sound, as our model and as diffusers' WanTransformer3DModel, which has no audio path."""
-    from diffusers import WanTransformer3DModel
-    names = ("num_attention_heads", "attention_head_dim", "in_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "image_dim")
-    same = {name: getattr(dit.config, name) for name in names}
-    weights = {name: w for name, w in dit.state_dict().items() if "audio" not in name}
-    ours = WanDiT.from_variant("mini", **same, audio_dim=None, prior_std=None)
-    theirs = WanTransformer3DModel(**same, added_kv_proj_dim=dit.config.dim)
-    for model in (ours, theirs):
-        model.load_state_dict(weights)
-    return [model.to(dit.device).eval().requires_grad_(False) for model in (ours, theirs)]
+def without_sound(dit: WanDiT) -> WanDiT:
+    """The same weights as plain Wan, without sound or prior, which diffusers' model does not know."""
+    plain = WanDiT(replace(dit.config, audio_dim=None, prior_std=None, condition="grey"))
+    plain.load_state_dict({name: w for name, w in dit.state_dict().items() if "audio" not in name})
+    return plain.to(dit.device).eval().requires_grad_(False)
 
 
 def against_diffusers(dit: WanDiT, side: int, chunk: int, steps: int) -> dict[str, list[float]]:
@@ -195,8 +196,8 @@ def against_diffusers(dit: WanDiT, side: int, chunk: int, steps: int) -> dict[st
 
     The prompt is 512 tokens long: diffusers counts on that when it tells words from picture.
     """
-    ours, theirs = silent_twins(dit)
-    c, g = dit.config, torch.Generator().manual_seed(0)
+    ours = without_sound(dit)
+    theirs, c, g = of_diffusers(ours), dit.config, torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=g).to(dit.device)
     text, image, t = randn(1, plan.TEXT, c.text_dim), randn(1, 17, c.image_dim), torch.full((1,), 900.0, device=dit.device)
     window, cache = randn(1, c.in_channels, attention.WINDOW, side, side), ours.new_cache(1, side, side, chunk=chunk)

@@ -140,3 +140,11 @@ def latency(seconds: list[float], name: str) -> dict[str, float]:
     """Milliseconds at the 50th and 95th percentile of timed runs, warm-up already excluded."""
     p50, p95 = np.percentile(np.asarray(seconds) * 1e3, [50, 95])
     return {f"{name}_ms_p50": float(p50), f"{name}_ms_p95": float(p95)}
+
+
+def paired(name: str, top: np.ndarray, bottom: np.ndarray, n: int = 2000, seed: int = 0) -> dict[str, float]:
+    """{name, name_lo, name_hi}: median of top / bottom, each pair (n,) timed in one turn, and its 95 % bootstrap interval."""
+    ratio = np.asarray(top, float) / np.asarray(bottom, float)
+    draws = np.random.default_rng(seed).integers(len(ratio), size=(n, len(ratio)))
+    lo, hi = np.percentile(np.median(ratio[draws], 1), [2.5, 97.5])
+    return {name: float(np.median(ratio)), f"{name}_lo": float(lo), f"{name}_hi": float(hi)}

@@ -2,7 +2,7 @@
 
 What is special
 - `encode` and `decode` speak normalised latents, by the configuration's `latents_mean` and `latents_std`, in float32 whatever the
-  network's dtype, in the very order of operations of diffusers' pipeline.
+  network's dtype, in the very order of operations of diffusers' pipeline, and give them where their input was.
 - diffusers keeps the decoder's past inside the module and forgets it after each clip; here the caller owns it, a plain list of
   tensors: one module serves any number of streams, and a stream may go on in another process.
 - Exact: one latent frame at a time is how diffusers decodes a whole clip too. `together` latents a call are fewer, larger
@@ -39,7 +39,8 @@ class WanVAE(nn.Module):
         T, H, W = video.shape[2:]
         if T % 4 != 1 or H % 8 or W % 8:         # diffusers would leave frames out, silently
             raise ValueError(f"video of {T} frames, {H}x{W}: frames must be 4k + 1 and sides multiples of 8")
-        return (self.net.encode(video.to(self.net.device, self.net.dtype)).latent_dist.mode().float() - self.mean) * self.scale
+        raw = self.net.encode(video.to(self.net.device, self.net.dtype)).latent_dist.mode().float()
+        return ((raw - self.mean) * self.scale).to(video.device)
 
     def decode(self, z: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Normalised latents of the next chunk -> its video in [-1, 1], float32, and the cache for the chunk after.
@@ -47,6 +48,7 @@ class WanVAE(nn.Module):
         Without a cache the stream begins here: its first latent gives one frame, every other latent four. The cache given is
         left as it was. Its size is the same from the second latent on; the upsamplers' notes after the first are empty tensors.
         """
+        home, z = z.device, z.to(self.net.device)
         z = self.net.post_quant_conv((z.float() / self.scale + self.mean).to(self.net.dtype))
         if cache is None:
             past, parts = [None] * self.slots, [z[:, :, :1], *z[:, :, 1:].split(self.together, 2)]
@@ -57,7 +59,7 @@ class WanVAE(nn.Module):
             used = [0]                           # the decoder counts here the slots it has filled
             frames.append(self.net.decoder(part, feat_cache=past, feat_idx=used, first_chunk=cache is None and i == 0))
         new = [z.new_zeros(0) if isinstance(t, str) else t for t in past[:used[0]]]
-        return torch.cat(frames, 2).float().clamp(-1, 1), new                             # (B, 3, 4F or 4F - 3, H, W)
+        return torch.cat(frames, 2).float().clamp(-1, 1).to(home), new                    # (B, 3, 4F or 4F - 3, H, W)
 
 
 def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -> WanVAE:

@@ -238,6 +238,17 @@ def test_a_source_that_breaks_off(placement, remote, expected):
     streamer.resumable = False
 
 
+def test_enough_sound_is_kept_even_if_resuming_was_an_afterthought(expected, monkeypatch):
+    monkeypatch.setattr(FakeEars, "history_samples", 700, raising=False)
+    streamer = make("overlap")
+    streamer.resumable = True
+    stream = streamer.stream(IMAGE, WAVE, **PROMPT)
+    got = [next(stream), next(stream)]
+    assert until(lambda: streamer.take.index >= 4)                       # the DiT runs ahead, and its sound is forgotten behind it
+    stream.close()
+    assert same(got + [chunk.frames for chunk in streamer.resume()], expected)
+
+
 def test_a_mistake_in_the_worker_is_told():
     with make("two_process", BrokenVAE()) as streamer:
         assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "process failed: KeyError: 'no such weight'")) == 2

@@ -40,6 +40,7 @@ ALLOWED = {
     "timing": "attention chain clock decoding fast flow plan stand_in", "baselines": "attention clock stand_in",
 }
 ALLOWED["soak"] = "latency placement sound"
+ALLOWED["faults"] = "latency sound talk"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.

@@ -65,8 +65,7 @@ class Streamer:
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
         self.placement, self.depth, self.resumable, self.blocking = placement, depth, resumable, blocking
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
-        history = getattr(audio_encoder, "history_samples", 8 * RATE) if history_s is None else int(history_s * RATE)
-        self.history = history + resumable * (2 * depth + 3) * self.chunk * STRIDE * FRAME
+        self.history_s = history_s
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
         self.text, self.listening, self.take, self.worker = None, None, None, worker
         self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
@@ -121,7 +120,7 @@ class Streamer:
         if self.take is not None:
             with self.halted(self.take):
                 self.take = None
-        self.take = Take(Sound(audio_chunks, self.history), torch.Generator().manual_seed(self.seed), None, audio_mask)
+        self.take = Take(Sound(audio_chunks, self.history()), torch.Generator().manual_seed(self.seed), None, audio_mask)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
 
@@ -143,6 +142,11 @@ class Streamer:
                 take.chain, take.index, take.offset = None, 0, 0
                 take.draw.manual_seed(self.seed)
         yield from self.play(take, past)
+
+    def history(self):
+        """Samples to keep before the present chunk; `resume` may go back by all the chunks that were under way."""
+        needed = getattr(self.audio_encoder, "history_samples", 8 * RATE) if self.history_s is None else int(self.history_s * RATE)
+        return needed + self.resumable * (2 * self.depth + 3) * self.chunk * STRIDE * FRAME
 
     @staticmethod
     @contextmanager

@@ -1,4 +1,4 @@
-"""fast: the same outputs as the eager model, in less time on a GPU; graphs are replayed here by a recorder that does what CUDA does."""
+"""fast: the same outputs as the eager model and decoder, in less time on a GPU; graphs are replayed here by a recorder that does what CUDA does."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.tiny import stir
-from tmlib import fast, flow, plan
+from tests.tiny import WAN_VAE, stir
+from tmlib import fast, flow, plan, stand_in
 from tmlib.chain import CACHES, Chain
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
@@ -208,3 +208,36 @@ def test_attention_kernels_are_chosen_by_name():
         assert on == [name in (k, "auto") for k in fast.ATTENTIONS]
     with pytest.raises(UserError, match="'best' is unknown"):
         fast.use_attention("best")
+
+
+# The video decoder
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
+def test_frames_stacked_are_a_3d_convolution(kernel):
+    conv, x = torch.nn.Conv3d(4, 6, kernel), torch.randn(2, 4, 7, 5, 6)
+    torch.testing.assert_close(fast.by_frames(x, conv.weight, conv.bias), conv(x))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return decoded(())
+
+
+@torch.no_grad()
+def decoded(switches):
+    pytest.importorskip("diffusers")
+    vae = stand_in.random_vae(torch.device("cpu"), torch.float32, **WAN_VAE)
+    return stand_in.two_chunks(fast.decoder(vae, switches, 2, "eager"), 2, torch.device("cpu"), cells=2)
+
+
+@pytest.mark.parametrize("switches", [("together",), ("channels_last",), ("by_frames",), ("together", "by_frames", "compile")], ids=str)
+def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
+    torch._dynamo.reset()
+    assert pictures.shape == (1, 3, 13, 16, 16) and error(decoded(switches), pictures) < 1e-4
+
+
+def test_convolutions_are_tuned_for_as_long_as_asked():
+    fast.autotune(True)
+    assert torch.backends.cudnn.benchmark
+    fast.autotune(False)
+    assert not torch.backends.cudnn.benchmark

@@ -35,17 +35,16 @@ ALLOWED = {
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit flow attention figures metrics placement plan sound stream", "capacity": "", "robustness": "data speech evaluate metrics sampling latents",
     "figures": "", "measured": "", "report": "measured metrics media figures", "readme": "figures report",
-    "fast": "attention layers", "clock": "attention fast", "plan": "attention dit fast layers", "budget": "attention plan scales",
-    "stand_in": "attention dit plan weights", "decoding": "clock stand_in",
-    "timing": "attention chain clock decoding fast flow plan stand_in", "baselines": "attention clock stand_in",
+    "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
+    "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }
 ALLOWED["soak"] = "latency placement sound"
 ALLOWED["faults"] = "latency sound talk"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "clock", "plan",
-         "stand_in", "decoding", "timing", "baselines", "bench"]
+LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "plan",
+         "stand_in", "timing", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
 
 

@@ -6,6 +6,8 @@ import torch
 from tmlib.latents import Latents, save_latents
 from tmlib.dit import WanDiT
 
+WAN_VAE = dict(base_dim=8, num_res_blocks=0)                # an AutoencoderKLWan, as shallow as it can be
+
 
 def stir(net, scale=0.05, seed=0):
     """Random weights everywhere: fresh networks end in zeros, which would prove nothing."""

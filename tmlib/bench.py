@@ -2,8 +2,8 @@
 
 What is special
 - the real streaming path: `chain.Chain` with its caches, sound that changes with every chunk, Wan's decoder if diffusers is here;
-- weights are random (`stand_in`); every form of the model (`fast`) and of the decoder (`decoding`) is first held against an eager
-  float32 reference of the same weights, the model's over a whole window of a few layers: nothing wrong or zero is timed;
+- weights are random (`stand_in`); every form of the model and of the decoder (`fast`) is first held against an eager float32 reference
+  of the same weights, the model's over a whole window of a few layers: nothing wrong or zero is timed (`timing`);
 - FLOPs are those of `plan`; the machine's own rate of matrix products, measured, stands beside the model's;
 - what answers most comes first, and everything is written as soon as it is known: a call that is cut off leaves what it has.
 """
@@ -17,19 +17,40 @@ import time
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from . import baselines, clock, config, decoding, fast, plan, stand_in, timing
+from . import attention as att
+from . import config, fast, plan, stand_in, timing
 from .config import UserError
 from .dit import VARIANTS
-from .timing import DTYPES, Setting, compare, form, named
+from .stand_in import DTYPES, bounded_error, named
 
-SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")
+SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")                           # of the model
+DECODER = ("together", "by_frames", "channels_last", "autotune", "compile")
 PARTS = ("eager", "together", "alone")                    # of the measurements: --parts
-BOUNDS = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}          # relative error of a few layers above which a form is wrong, not rounded
 OVER = "no time left in the budget"
 ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
+
+
+class Setting(NamedTuple):
+    """Latent frames per chunk and denoising steps: "3x2"."""
+
+    chunk: int
+    steps: int
+
+    @classmethod
+    def parse(cls, text: str):
+        parts = text.split("x")
+        if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+            raise UserError(f"--settings {text}: give latent frames per chunk x denoising steps, such as 3x2")
+        if 3 * int(parts[0]) > att.WINDOW:
+            raise UserError(f"--settings {text}: chunk 0, the previous and the present one must fit {att.WINDOW} latent frames")
+        return cls(*map(int, parts))
+
+    def __str__(self):
+        return f"{self.chunk}x{self.steps}"
 
 
 # All of them
@@ -44,15 +65,9 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
     """As `forms`; those that need no compilation are cheap, and first: the fastest of all is who plays beside the model."""
-    able = tuple(s for s in decoding.SWITCHES if args.compile or s != "compile")
+    able = tuple(s for s in DECODER if args.compile or s != "compile")
     plain = tuple(s for s in able if s != "compile")
     return {"eager": [()], "together": list(dict.fromkeys([*((s,) for s in plain), plain, able])), "alone": [("compile",)] if able != plain else []}
-
-
-def attentions(c, chunk, tokens) -> list[tuple[int, int, int]]:
-    """(batch, queries, keys) of a layer's attentions in the steady state: self, text, image, audio."""
-    L, sound = chunk * tokens, [(chunk, tokens, c.audio_tokens)] if c.audio_dim else []
-    return [(1, L, 3 * L), (1, L, plan.TEXT), *([(1, L, plan.IMAGE)] if c.image_dim else []), *sound]
 
 
 class Session:
@@ -63,7 +78,7 @@ class Session:
         self.began, self.longest = time.monotonic(), {}
         model = plan.build(args.variant, chunk=args.settings[0].chunk, **({"num_layers": args.layers} if args.layers else {}))
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
-        self.vae = self.kernel = self.reference = None
+        self.vae = self.kernel = self.latents = self.pictures = None
         self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
         tokens, count, width = math.prod(self.place), plan.parameters(model), DTYPES[args.dtype].itemsize
         least = lambda s: s.steps * plan.step_bytes(self.c, count, s.chunk, tokens, width) / 1e9
@@ -88,47 +103,45 @@ class Session:
         self.save(self.result)
 
     def machine(self):
-        c, device, dtype, first = self.c, self.device, DTYPES[self.args.dtype], self.args.settings[0]
-        self.result["machine"] = clock.ceilings(dtype, device, self.args.dtype == "fp8")
-        ms = self.result["attention_ms"] = clock.attention_kernels(
-            c.num_attention_heads, c.attention_head_dim, attentions(c, first.chunk, math.prod(self.place)), dtype, device)
+        """What it can do at most, its best attention kernel, whether it compiles; then the latents that every form is held against."""
+        args, device, dtype, first = self.args, self.device, DTYPES[self.args.dtype], self.args.settings[0]
+        self.result["machine"] = timing.ceilings(dtype, device, args.dtype == "fp8", args.repeats)
+        ms = self.result["attention_ms"] = timing.attention_kernels(self.c, first.chunk, math.prod(self.place), dtype, device, args.repeats)
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
         self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get)
-        self.reference = compare(self.args, (), self.kernel, self.place, device)
-        if self.args.compile:
-            small = lambda: torch.compile(lambda x: x.sin() + 1, backend=self.args.backend)(torch.ones(8, device=device))
+        self.latents = stand_in.shallow_latents(args, (), self.kernel, self.place, device, exact=True)
+        if args.compile:
+            small = lambda: torch.compile(lambda x: x.sin() + 1, backend=args.backend)(torch.ones(8, device=device))
             self.attempt("compile", small)
-            self.args.compile = "compile" not in self.result["missing"]        # without a compiler at hand all forms would fail
+            args.compile = "compile" not in self.result["missing"]             # without a compiler at hand all forms would fail
 
     def decoder(self, switches):
         """One form of the decoder, kept for the placements if it is the fastest so far."""
-        args, device, chunk = self.args, self.device, self.args.settings[0].chunk
-        shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 1}
-        make = lambda switches, dtype: decoding.decoder(switches, device, dtype, chunk, args.backend, **shape)
-        vae = make(switches, DTYPES[args.dtype])
-        error = decoding.error(vae, make((), DTYPES[args.dtype]).float(), chunk, device)
-        if not error <= BOUNDS["fp32" if args.dtype == "fp32" else "bf16"]:
-            raise UserError(f"bench: the decoder with {named(switches)} is {error:.3g} away from float32: wrong, not rounded")
-        torch.backends.cudnn.benchmark = "autotune" in switches
+        args, device, chunk, dtype, label = self.args, self.device, self.args.settings[0].chunk, DTYPES[self.args.dtype], named(switches)
+        shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 0}
+        if self.pictures is None:
+            self.pictures = stand_in.two_chunks(stand_in.random_vae(device, dtype, **shape).float(), chunk, device)
+        fast.autotune("autotune" in switches)
+        vae = fast.decoder(stand_in.random_vae(device, dtype, **shape), switches, chunk, args.backend)
+        error = bounded_error(stand_in.two_chunks(vae, chunk, device), self.pictures, dtype, f"the decoder with {label}")
         rows, columns = self.place
         z = torch.randn(1, 16, chunk, 2 * rows, 2 * columns, generator=torch.Generator(device).manual_seed(3), device=device)
-        found = self.result["vae"][named(switches)] = {"error": error, **decoding.timed(vae, z, args.repeats, device), **shape}
-        print(f"VAE {chunk} latents, {named(switches):28s} {found['ms_p50']:9.2f} ms p50   error {error:.2g}", flush=True)
+        found = self.result["vae"][label] = {"error": error, **timing.decoder(vae, z, args.repeats, device), **shape}
+        print(f"VAE {chunk} latents, {label:28s} {found['ms_p50']:9.2f} ms p50   error {error:.2g}", flush=True)
         if found["ms_p50"] == min(v["ms_p50"] for v in self.result["vae"].values()):
-            self.vae, self.result["vae_form"] = vae, named(switches)
-        torch.backends.cudnn.benchmark = "autotune" in self.result["vae_form"]
+            self.vae, self.result["vae_form"] = vae, label
 
     def run(self, switches, settings):
         """One form of the model, checked, at several settings; the first of them with the decoder, and what it is compared with."""
-        args, device, label = self.args, self.device, named(switches)
-        error = compare(args, switches, self.kernel, self.place, device, self.reference)
-        if not error <= BOUNDS["fp8" if "fp8" in switches else "bf16" if args.dtype == "fp8" else args.dtype]:
-            raise UserError(f"bench: {label} is {error:.3g} away from the float32 reference: wrong, not rounded")
-        dit = form(args, switches, device, self.kernel, args.layers)
+        args, device, place, label, first = self.args, self.device, self.place, named(switches), self.args.settings[0]
+        error = bounded_error(stand_in.shallow_latents(args, switches, self.kernel, place, device), self.latents,
+                              fast.E4M3 if "fp8" in switches else DTYPES[args.dtype], label)
+        dit = stand_in.form(args, switches, device, self.kernel, args.layers)
+        fast.autotune("autotune" in self.result.get("vae_form", ""))
 
         def at(setting):
-            vae = self.vae if len(switches) != 1 else None
-            row = timing.timed(dit, setting, self.place, device, args.repeats, self.result["machine"]["matmul_tflops"], vae)
+            row = timing.stream(dit, setting, place, device, args.repeats, self.result["machine"]["matmul_tflops"],
+                                self.vae if len(switches) != 1 else None)
             row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error, **row}
             self.result["runs"][f"{setting} {label}"] = row
             whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
@@ -137,23 +150,10 @@ class Session:
         for setting in settings:
             self.attempt(f"{setting} {label}", lambda: at(setting), kind=f"{setting}")
         if not switches:
-            self.compared(dit)
+            for name, rival in {"no_cache": timing.recomputing, **({"diffusers": timing.diffusers_window} if self.diffusers else {})}.items():
+                self.attempt(name, lambda: self.result.update({name: rival(dit, place, first.chunk, device, max(3, args.repeats // 4))}))
         elif switches == forms(args, device)["together"][-1]:
-            self.attempt("profile", lambda: self.result.update(profile=self.profiled(dit)))
-
-    def compared(self, dit):
-        first, n = self.args.settings[0], max(3, self.args.repeats // 4)
-        against = {"no_cache": baselines.recomputing, **({"diffusers": baselines.diffusers_window} if self.diffusers else {})}
-        for name, measurement in against.items():
-            self.attempt(name, lambda: self.result.update({name: measurement(dit, *self.place, first.chunk, self.device, n)}))
-
-    def profiled(self, dit) -> dict[str, float]:
-        """Where the time of one more chunk in the steady state goes."""
-        first = self.args.settings[0]
-        scene = stand_in.Scene(self.c, *self.place, first.chunk, self.device)
-        chain = timing.new_chain(dit, scene, first.steps)
-        timing.to_steady_state(chain, scene)
-        return clock.where_time_goes(lambda: scene.next(chain), self.device)
+            self.attempt("profile", lambda: self.result.update(profile=timing.where_time_goes(dit, first, place, device)))
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def bench(args, device, save=lambda result: None) -> dict:
             plain = tuple(s for s in switches if s != "graphs")
             if part == "together" and plain != switches and session.result["missing"].get(named(switches), OVER) != OVER:
                 session.attempt(named(plain), lambda: session.run(plain, settings), kind=part)         # recording failed: all the rest
-    fast.use_attention("auto"), decoding.restore()
+    fast.use_attention("auto"), fast.autotune(False)
     return session.result
 
 

@@ -1,8 +1,9 @@
-"""Faster forms of a WanDiT: functions that take the eager model and give back one with the same outputs.
+"""Faster forms of a WanDiT, and of Wan's decoder: functions that take the eager model and give back one with the same outputs.
 
 - `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`: elementwise work fused by torch.compile;
   `to_fp8`: the large linears in e4m3, the only change whose outputs differ beyond rounding order;
-  `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `use_attention`: which fused attention kernel runs.
+  `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `decoder`: the decoder's own switches;
+  `use_attention`, `autotune`: which kernels run, in the whole process.
 - All but `Graphed`, a wrapper, change the model in place and return it: 18 B parameters do not fit a card twice.
 - Names of parameters change, so a fast model is for running, not for saving.
 """
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import UserError
@@ -180,3 +182,35 @@ class Graphed:
             self.sound.copy_(audio)
             # An object that no memo has met: a recording made now embeds the sound, those of the chunk's later steps find it done.
             self.alias = self.sound.view_as(self.sound)
+
+
+# The video decoder
+
+def decoder(vae, switches, chunk: int, backend="inductor"):
+    """A `wan_vae.WanVAE` with switches on. together: all latents of a chunk in one call; by_frames: 2D convolutions for 3D ones;
+    channels_last: the layout of tensor cores; compile: elementwise work fused. For "autotune" see `autotune`."""
+    vae.together = chunk if "together" in switches else 1
+    for conv in (m for m in vae.net.modules() if isinstance(m, nn.Conv3d)):
+        if "by_frames" in switches:
+            conv._conv_forward = by_frames
+        if "channels_last" in switches:
+            conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last_3d)
+    if "compile" in switches:
+        vae.net.decoder.compile(backend=backend, dynamic=False)
+    return vae
+
+
+def by_frames(x, weight, bias):
+    """A 3D convolution of padded x (B, C, T + k - 1, H, W), stride 1, as one 2D convolution over k stacked frames: cuDNN has more and faster
+    kernels for these, and some of its versions have none for bfloat16 in 3D."""
+    k = weight.shape[2]
+    x = x.movedim(1, 2)                                                                  # (B, T + k - 1, C, H, W)
+    x = torch.cat([x[:, i : x.shape[1] - k + 1 + i] for i in range(k)], 2)               # (B, T, k C, H, W)
+    flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(flat, weight.movedim(2, 1).flatten(1, 2), bias)                         # (B T, D, H, W)
+    return y.unflatten(0, x.shape[:2]).movedim(1, 2)                                     # (B, D, T, H, W)
+
+
+def autotune(on: bool) -> None:
+    """Let cuDNN try its convolutions, and keep the fastest for each shape."""
+    torch.backends.cudnn.benchmark = on

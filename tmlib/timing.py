@@ -1,117 +1,208 @@
-"""One form of the model at one setting: built, held against float32, timed. The measurements themselves; `bench` says which, and when."""
+"""The clocks: what this machine can do at most, and how long a stream takes, with its decoder, and with what both are held against.
+
+Both rivals of the stream put chunk 0, the previous and the present chunk, the latent frames that a streamed chunk sees, through the whole
+network at every denoising step: `recomputing` is ours without a cache, `diffusers_window` is diffusers'.
+A decoder is a `wan_vae.WanVAE`, whose past the caller keeps: one decoder serves every stream measured here.
+"""
 
 import gc
 import math
-from typing import NamedTuple
+import re
+import time
 
 import torch
 
 from . import attention as att
-from . import clock, decoding, fast, flow, plan, stand_in
-from .chain import Chain, bare
-from .clock import measure, typical
-from .config import UserError
+from . import fast, plan
+from .chain import bare
+from .stand_in import Scene, Stream, alive, bounded_error, of_diffusers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-SHIFT = 5.0
-LAYERS_CHECKED = 2
 LONGEST_S = 8                                             # of timing one form at one setting, warm-up aside
+KINDS = {"fused elementwise": "triton", "attention": "flash|fmha|sdpa|attention", "matrix products": "gemm|nvjet|cutlass|xmma|mm|linear",
+         "copies": "copy|memcpy|memset|cat"}
 
 
-class Setting(NamedTuple):
-    """Latent frames per chunk and denoising steps: "3x2"."""
-
-    chunk: int
-    steps: int
-
-    @classmethod
-    def parse(cls, text: str):
-        parts = text.split("x")
-        if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-            raise UserError(f"--settings {text}: give latent frames per chunk x denoising steps, such as 3x2")
-        if 3 * int(parts[0]) > att.WINDOW:
-            raise UserError(f"--settings {text}: chunk 0, the previous and the present one must fit {att.WINDOW} latent frames")
-        return cls(*map(int, parts))
-
-    def __str__(self):
-        return f"{self.chunk}x{self.steps}"
+def measure(run, n: int, device) -> list[float]:
+    """Milliseconds of each of n calls: events on a GPU, without waiting in between; the clock elsewhere."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+    marks = [time.perf_counter()]
+    for _ in range(n):
+        run()
+        marks.append(time.perf_counter())
+    return [1000 * (b - a) for a, b in zip(marks, marks[1:])]
 
 
-def named(switches) -> str:
-    return "+".join(switches) or "eager"
+def typical(ms: list[float]) -> dict[str, float]:
+    p50, p95 = torch.tensor(ms, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return {"ms_p50": p50, "ms_p95": p95, "n": len(ms)}
 
 
-def form(args, switches, device, kernel="auto", layers=None):
-    """The model with its switches on. The order matters: attention is settled before compilation, graphs wrap it all."""
-    gc.collect(), torch.cuda.empty_cache()                              # the form before this one must not be there any more
-    torch._dynamo.reset()                                               # and compiled graphs have its attention kernel baked in
-    fast.use_attention(kernel if "attention" in switches else "auto")
-    dit = stand_in.random_dit(args.variant, device, DTYPES[args.dtype], args.seed, chunk=args.settings[0].chunk,
-                              **({} if layers is None else {"num_layers": layers}))
-    dit = fast.fuse_qkv(dit) if "qkv" in switches else dit
-    dit = fast.to_fp8(dit) if "fp8" in switches else dit
-    dit = fast.compile_blocks(dit, backend=args.backend) if "compile" in switches else dit
-    return fast.Graphed(dit) if "graphs" in switches else dit
+def median(run, n, device, warm=3) -> float:
+    measure(run, warm, device)
+    return typical(measure(run, n, device))["ms_p50"]
 
 
-def new_chain(dit, scene, steps):
-    if isinstance(dit, fast.Graphed):
-        dit.forget()
-    return Chain(dit, scene.cond, flow.timesteps(steps, SHIFT), chunk=scene.chunk)
+def held(device) -> int:
+    """Bytes of tensors that are alive: on a GPU as its allocator counts them, elsewhere those that Python can reach."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device == device]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def to_steady_state(chain, scene):
-    """Chunks until positions are pinned, and two more: graphs run once as they are and are then recorded."""
-    for _ in range(math.ceil(att.WINDOW / chain.chunk) + 2):
-        x_0 = scene.next(chain)
-    return x_0
+# The machine
+
+def ceilings(dtype, device, fp8=False, repeats=20) -> dict:
+    """TFLOP/s of a large square matrix product of random numbers, GB/s of a copy (bytes read and written)."""
+    n = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    rate = 2 * n ** 3 / median(lambda: a @ b, repeats, device) / 1e9
+    found = {"matmul_tflops": rate, "matmul_n": n, "matmul_dtype": str(dtype).removeprefix("torch.")}
+    if fp8:
+        (a, scale_a), (b, scale_b), bias = fast.quantise(a), fast.quantise(b), torch.zeros(n, device=device)
+        product = lambda: fast.scaled_product(a, b, scale_a, scale_b.T.contiguous(), bias, dtype)
+        found["matmul_fp8_rowwise_tflops"] = 2 * n ** 3 / median(product, repeats, device) / 1e9
+    source = torch.randn(2 ** (30 if device.type == "cuda" else 20) // 4, device=device)
+    target = torch.empty_like(source)
+    found["copy_gb_per_s"] = 2 * source.nbytes / median(lambda: target.copy_(source), repeats, device) / 1e6
+    return found
 
 
-def checked(x, what):
-    wrong = "not finite" if not x.isfinite().all() else "constant" if x.float().std() == 0 else None
-    if wrong:
-        raise UserError(f"bench: {what} gave latents that are {wrong}: nothing to time")
-    return x
+def attentions(c, chunk: int, tokens: int) -> list[tuple[int, int, int]]:
+    """(batch, queries, keys) of a layer's attentions in the steady state: self, text, image, audio."""
+    L, sound = chunk * tokens, [(chunk, tokens, c.audio_tokens)] if c.audio_dim else []
+    return [(1, L, 3 * L), (1, L, plan.TEXT), *([(1, L, plan.IMAGE)] if c.image_dim else []), *sound]
 
 
-def compare(args, switches, kernel, place, device, reference=None):
-    """Latents of a shallow model's chunk after a whole window; with a `reference`, their error relative to it."""
-    dit = form(args, switches, device, kernel, layers=min(LAYERS_CHECKED, args.layers or LAYERS_CHECKED))
-    if reference is None:
-        dit = dit.float()                                               # the same weights, rounded as they are at speed
-    scene = stand_in.Scene(bare(dit).config, *place, args.settings[0].chunk, device)
-    chain = new_chain(dit, scene, args.settings[0].steps)
-    x_0 = checked(to_steady_state(chain, scene), f"the check of {named(switches)}")
-    return x_0 if reference is None else float((x_0 - reference).norm() / reference.norm())
+def attention_kernels(c, chunk, tokens, dtype, device, repeats=20) -> dict[str, float | str]:
+    """Milliseconds of one layer's attentions together, by kernel; a line of why for one that cannot do them all."""
+    heads, D, found = c.num_attention_heads, c.attention_head_dim, {}
+    randn = lambda batch, L: torch.randn(batch, heads, L, D, device=device).to(dtype)
+    inputs = [(randn(batch, q), randn(batch, k), randn(batch, k)) for batch, q, k in attentions(c, chunk, tokens)]
+    for kernel in fast.ATTENTIONS[:-1] if device.type == "cuda" else fast.ATTENTIONS:      # "math" would hold all scores
+        fast.use_attention(kernel)
+        try:
+            found[kernel] = median(lambda: [att.attention(*qkv) for qkv in inputs], repeats, device)
+        except RuntimeError as error:
+            found[kernel] = str(error).splitlines()[0][:120]
+    fast.use_attention("auto")
+    return found
 
 
-def timed(dit, setting, place, device, n, rate, vae=None) -> dict:
+# The stream
+
+def stream(dit, setting, place, device, n: int, rate: float, vae=None) -> dict:
     """One form at one setting: steady chunks, whether memory stays, a new stream's first chunk; with a decoder, both on this device.
 
     place: rows and columns of tokens; n: chunks at most; rate: TFLOP/s of this machine's matrix products.
     """
-    c = bare(dit).config
-    scene = stand_in.Scene(c, *place, setting.chunk, device)
-    counted = plan.total(plan.chunk_flops(c, setting.chunk, math.prod(place), setting.steps))
+    counted = plan.total(plan.chunk_flops(bare(dit).config, setting.chunk, math.prod(place), setting.steps))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    chain = new_chain(dit, scene, setting.steps)
-    to_steady_state(chain, scene)
-    n = max(3, min(n, round(1000 * LONGEST_S / clock.median(lambda: scene.next(chain), 1, device, warm=0))))
-    last, before = [], clock.held(device)
-    found = typical(measure(lambda: last.__setitem__(slice(None), [scene.next(chain)]), n, device))
-    checked(last.pop(), "the timed stream")
-    found |= {"grown_bytes": clock.held(device) - before, "tflop": counted / 1e12, "tflops": counted / found["ms_p50"] / 1e9}
+    played = Stream(dit, setting, place, device)
+    played.to_steady_state()
+    n = max(3, min(n, round(1000 * LONGEST_S / median(played.next, 1, device, warm=0))))
+    last, before = [], held(device)
+    found = typical(measure(lambda: last.__setitem__(slice(None), [played.next()]), n, device))
+    alive(last.pop(), "the timed stream")
+    found |= {"grown_bytes": held(device) - before, "tflop": counted / 1e12, "tflops": counted / found["ms_p50"] / 1e9}
     found |= {"mfu": found["tflops"] / rate, "dit_fps": 4000 * setting.chunk / found["ms_p50"]}
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    streams = [chain]
-
-    def restart():
-        streams.clear()                                                 # large chunks' caches fit once
-        streams.append(new_chain(dit, scene, setting.steps))
     if vae is not None:
-        found |= decoding.placements(vae, lambda: scene.next(streams[0]), restart, n, device)
-    del chain
-    restart()
-    return found | {"first_chunk_ms": measure(lambda: scene.next(streams[0]), 1, device)[0]}
+        found |= placements(vae, played, n, device)
+    played.restart()
+    return found | {"first_chunk_ms": measure(played.next, 1, device)[0]}
+
+
+def where_time_goes(dit, setting, place, device) -> dict[str, float]:
+    """Share of the device's time by kind of kernel, of one chunk in the steady state, from torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+    played, spent = Stream(dit, setting, place, device), {}
+    played.to_steady_state()
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as prof:
+        played.next()
+    for event in prof.key_averages():
+        kind = next((k for k, words in KINDS.items() if re.search(words, event.key.lower())), "the rest")
+        spent[kind] = spent.get(kind, 0) + (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
+    return {kind: us / sum(spent.values()) for kind, us in sorted(spent.items())}
+
+
+# The decoder, alone and beside the DiT
+
+def decoder(vae, z, n, device) -> dict:
+    """Milliseconds of a chunk of latents z (1, 16, chunk, H, W) in the steady state."""
+    _, past = vae.decode(z)
+    for _ in range(2):
+        video, past = vae.decode(z, past)
+    alive(video, "the decoder")
+    return typical(measure(lambda: vae.decode(z, past), n, device))
+
+
+def decode_on(side, vae, x_0, past):
+    """The decoder on a CUDA stream of its own, after x_0 is there; side None: in turn."""
+    if side is None:
+        return vae.decode(x_0, past)
+    side.wait_stream(torch.cuda.current_stream())
+    x_0.record_stream(side)
+    with torch.cuda.stream(side):
+        return vae.decode(x_0, past)
+
+
+def placements(vae, played, n, device) -> dict:
+    """Milliseconds of a chunk and frames per second of DiT and decoder on this one device: "serial", and on a GPU "overlap", where the
+    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream.
+
+    played: a `stand_in.Stream` in its steady state; it begins anew.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    found = {}
+    for name, side in (("serial", None), *([("overlap", torch.cuda.Stream())] if device.type == "cuda" else [])):
+        past = None
+        for k in range(n + 2):                                          # two chunks fill the decoder's cache and load its kernels
+            if k == 2:
+                wait()
+                began = time.perf_counter()
+            x_0 = played.next()
+            video, past = decode_on(side, vae, x_0, past)
+        wait()
+        seconds = (time.perf_counter() - began) / n
+        found |= {f"{name}_ms": 1000 * seconds, f"{name}_fps": 4 * x_0.shape[2] / seconds}
+    del video, past
+    played.restart()
+    return found | {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
+
+
+# The rivals
+
+def window(scene: Scene):
+    """x (1, C, 3 chunk, H, W), t and the RoPE positions of chunk 0, the previous and the present chunk of a steady stream."""
+    frames = scene.shape[2]
+    x = torch.cat([scene.randn(*scene.shape), scene.cond[:, :, :frames]], 1)
+    return x, torch.full((1,), 500.0, device=x.device), [*range(frames // 3), *range(att.WINDOW - 2 * frames // 3, att.WINDOW)]
+
+
+def recomputing(dit, place, chunk, device, n) -> float:
+    """Milliseconds of a denoising step without any cache: the window under the sparse-causal mask."""
+    scene = Scene(dit.config, place, 3 * chunk, device)
+    (x, t, positions), given = window(scene), scene.conditions()
+    return median(lambda: dit(x, t, positions=positions, mask="sparse_causal", **given), n, device, warm=1)
+
+
+def diffusers_window(dit, place, chunk, device, n) -> dict[str, float]:
+    """Milliseconds of diffusers' forward pass of the window (bidirectional, without sound), and how far it is from ours."""
+    scene = Scene(dit.config, place, 3 * chunk, device)
+    x, t, _ = window(scene)
+    net, given = of_diffusers(dit), (scene.text.to(dit.dtype), scene.image.to(dit.dtype) if scene.image is not None else None)
+    ours, theirs = lambda: dit(x, t, text=scene.text, image=scene.image), lambda: net(x.to(dit.dtype), t, *given, return_dict=False)[0]
+    difference = bounded_error(theirs().float(), ours().float(), dit.dtype, "diffusers' window")
+    return {"step_ms_p50": median(theirs, n, device, warm=1), "difference": difference, "ours_step_ms_p50": median(ours, n, device, warm=1)}

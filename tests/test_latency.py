@@ -9,7 +9,7 @@ from fakes import IMAGE, FakeEars, FakeVAE
 from tiny import make_dit
 
 from tmlib import attention, latency, soak
-from tmlib.baselines import of_diffusers
+from tmlib.stand_in import of_diffusers
 from tmlib.latency import Forgetful, dit_ladder
 from tmlib.placement import PLACEMENTS, Chunk
 from tmlib.stream import Streamer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import attention, figures, flow, metrics, plan
-from .baselines import of_diffusers
+from .stand_in import of_diffusers
 from .chain import Chain
 from .dit import WanDiT
 from .placement import Chunk

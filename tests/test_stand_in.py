@@ -1,5 +1,6 @@
 """stand_in: random networks are alive, diffusers' is the same model, streams begin anew, and wrong forms are told from rounded ones."""
 
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -51,6 +52,16 @@ def test_a_stream_begins_anew_with_other_sound_in_the_same_scene():
     again = stream.scene.conditions()
     assert stream.chain is not old and given["text"] is again["text"] and given["audio_mask"] is again["audio_mask"]
     assert given["audio"].shape == again["audio"].shape and not torch.equal(given["audio"], again["audio"])
+
+
+@torch.no_grad()
+def test_the_old_streams_caches_are_gone_before_there_are_new_ones(monkeypatch):
+    stream, met = stand_in.Stream(stand_in.random_dit("smoke", CPU, torch.float32, num_layers=1, chunk=7), Setting(7, 1), (2, 2), CPU), []
+    stream.to_steady_state()
+    old, real = weakref.ref(stream.chain), stand_in.Chain
+    monkeypatch.setattr(stand_in, "Chain", lambda *given, **how: met.append(old()) or real(*given, **how))
+    stream.restart()
+    assert met == [None] and isinstance(stream.chain, real)
 
 
 def test_a_new_stream_forgets_recordings():

@@ -186,6 +186,19 @@ def test_the_contact_sheet_shows_its_clips(tmp_path):
     assert (np.abs(picture - (200, 30, 30)).max(1) < 12).mean() > 0.3
 
 
+def test_a_moving_picture_moves_and_has_the_same_bytes_twice(tmp_path):
+    from PIL import Image
+    ramp = np.arange(0, 200, 20, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)            # (10, 16, 16, 3)
+    for name in "ab":
+        figures.moving([[ramp, ramp], [ramp, 255 - ramp[:8]]], tmp_path / f"{name}.webp")
+    picture = Image.open(tmp_path / "a.webp")
+    assert (tmp_path / "a.webp").read_bytes() == (tmp_path / "b.webp").read_bytes()
+    assert picture.n_frames == 8 and picture.size == (64, 64)
+    picture.seek(5)
+    shade = np.asarray(picture.convert("RGB"), int)[16::32, 16::32, 0]   # the middle of each tile
+    assert np.abs(shade - [[100, 100], [100, 155]]).max() < 12
+
+
 # ------------------------------------------------------------------------------------------------------------ page
 class Page(HTMLParser):
     """Collects what the tests ask about; complains where a tag is closed that is not open."""

@@ -56,6 +56,18 @@ def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int
             row[0].set_ylabel(label)
 
 
+def moving(rows: list[list[np.ndarray]], path, fps: int = 16, scale: int = 2) -> None:
+    """A grid of clips uint8 (T, H, W, 3), `scale` times enlarged, as one animated picture (.webp): `rows` of equally many."""
+    from PIL import Image
+    length = min(len(clip) for row in rows for clip in row)
+    grid = np.concatenate([np.concatenate([clip[:length] for clip in row], axis=2) for row in rows], axis=1)       # (T, rows H, columns W, 3)
+    size = scale * grid.shape[2], scale * grid.shape[1]
+    first, *others = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in grid)
+    with atomic(path) as temporary:
+        first.save(temporary, "WEBP", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=70, method=4)
+    show(path, size[0])
+
+
 def lip_trace(truth: np.ndarray, made: np.ndarray, labels: list[str], path, fps: int = 16) -> None:
     """Mouth opening over time, truth against generated: both (n, T), one panel a clip."""
     with figure(path, len(labels), 1, (7, 1.25 * len(labels) + 0.4), sharex=True, sharey=True, squeeze=False) as (fig, axes):

@@ -276,7 +276,7 @@ def page(reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: di
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         claims=verdicts, pending={n: c.pending for n, c in CLAIMS.items()}, signs=SIGNS, metrics=metrics, tables=grids,
-        videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".png", ".svg"), notebooks=nb, scales=known("scale"),
+        videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".webp", ".png", ".svg"), notebooks=nb, scales=known("scale"),
         seeds=known("seed"), notebook_of={file: nb[name] for file, name in NOTEBOOKS.items() if name in nb})
 
 

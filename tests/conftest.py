@@ -13,7 +13,9 @@ import pytest
 from tmlib import config
 
 
-SLOW = ("test_pipeline.py", "test_explore.py", "test_make.py", "test_avatar.py")      # first, so that no worker is left with them at the end
+# First, the longest before the others, so that no worker is left with them at the end.
+SLOW = ("test_pipeline.py", "test_bench.py", "test_videos.py", "test_make.py", "test_explore.py", "test_notebook.py", "test_device.py", "test_full_size.py",
+        "test_placement.py")
 
 
 def pytest_collection_modifyitems(items):

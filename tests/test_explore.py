@@ -1,4 +1,4 @@
-"""Notebooks for people run from top to bottom: the tour as a stage, the widgets without a browser. Untrained models do."""
+"""Notebooks for people run from top to bottom, the widgets without a browser. Untrained models do. The tour is a stage: test_pipeline runs it."""
 
 import os
 import shutil
@@ -8,8 +8,7 @@ import pytest
 from tmlib import config, talk
 
 NOTEBOOKS = config.ROOT / "notebooks"
-RUN = "import sys; from tmlib import notebook; notebook.run(sys.argv[1], sys.argv[2], overrides={'threads': 1})"
-PRESS = "for control in controls.values():\n    assert control.value is not None\nbutton.click()\nassert not screen.outputs, screen.outputs"
+PRESS = "for control in controls.values():\n    assert control.value is not None\nbutton.click()"
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +37,14 @@ def house(tmp_path_factory):
     return root
 
 
-def printed(notebook):
-    """All that the cells printed."""
-    return "".join(out.text for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "stream")
-
-
-def kinds(notebook):
-    """The kinds of all outputs that are shown."""
-    return [kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
+def kinds(cells):
+    """The kinds of all outputs that are shown; a stream's is its name, an error's its type."""
+    return [kind for cell in cells for out in cell.get("outputs", []) for kind in out.get("data") or [out.get("name") or out.output_type]]
 
 
 @pytest.mark.slow
-def test_the_tour_is_a_stage_that_writes_its_copy_alone(house, python):
-    import nbformat
-
-    def files():
-        return sorted(path.relative_to(house).as_posix() for path in house.rglob("*") if path.is_file() and "scratch" not in path.parts)
-
-    before = files()
-    for name in ("one.ipynb", "two.ipynb"):
-        done = python("-c", RUN, NOTEBOOKS / "00_tour.ipynb", house / name, TM_ROOT=house)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert files() == sorted([*before, "one.ipynb", "two.ipynb"])
-    assert (house / "one.ipynb").read_bytes() == (house / "two.ipynb").read_bytes()
-    tour = nbformat.read(house / "one.ipynb", 4)
-    assert "chunk by chunk equals all at once: True" in printed(tour)
-    assert "seven chunks through caches equal one masked clip: True" in printed(tour)
-    assert kinds(tour).count("image/png") >= 6 and kinds(tour).count("text/html") == 2      # sound and video
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, more", [("masks_and_caches", ""), ("talk", PRESS)])
-def test_explore_without_a_browser(name, more, house, monkeypatch):
+@pytest.mark.parametrize("name, more, shown", [("masks_and_caches", "", []), ("talk", PRESS, ["image/png", "text/html"])], ids=["masks", "talk"])
+def test_explore_without_a_browser(name, more, shown, house, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
 
@@ -78,8 +53,13 @@ def test_explore_without_a_browser(name, more, house, monkeypatch):
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = nbformat.read(NOTEBOOKS / "explore" / f"{name}.ipynb", 4)
     notebook.cells.append(nbformat.v4.new_code_cell(more))
-    NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
-    assert "image/png" in kinds(notebook) and "application/vnd.jupyter.widget-view+json" in kinds(notebook)
+    client = NotebookClient(notebook, kernel_name="python3", timeout=300)
+    # Nobody plays the browser: what a press shows, mistakes too, stays with its cell. nbclient, when it does, sends the kernel megabytes
+    # while the kernel answers, may not see that answer, and waits for all of `timeout`.
+    client.comm_open_handlers = {}
+    client.execute()
+    assert "image/png" in kinds(notebook.cells) and "application/vnd.jupyter.widget-view+json" in kinds(notebook.cells)
+    assert [kind for kind in kinds(notebook.cells[-1:]) if kind != "text/plain"] == shown
 
 
 def test_the_tours_models_are_those_of_the_command_line():

@@ -33,13 +33,24 @@ config.save_json(config.METRICS / "toy.json", {"steps": p.steps, "scale": p.scal
 print("code", tmlib.__file__)"""
 
 
-def lay_out(root):
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy's tree, its notebook stripped by the real recipe."""
+    root = tmp_path_factory.mktemp("toy")
     for name in HOUSE:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     write(root / "notebooks" / "10_toy.ipynb", CELL, first='section = "toy"\noverrides = {}')
     (root / "params.yaml").write_text(PARAMS)
     (root / "dvc.yaml").write_text(DVC)
+    assert make(root, "strip").returncode == 0
+    return root
+
+
+@pytest.fixture
+def tree(toy, tmp_path):
+    """A copy of it, in a folder with a space: people's folders have them."""
+    return Path(shutil.copytree(toy, tmp_path / "a tree"))
 
 
 def make(root, *arguments):
@@ -56,78 +67,68 @@ def metric(root):
 
 
 @pytest.mark.slow
-def test_repro_at_two_scales_leaves_git_as_it_should_be(tmp_path, git):
-    root = tmp_path / "a tree"                      # with a space: people's folders have them
-    lay_out(root)
-    assert make(root, "strip").returncode == 0
-    git(root, "init")
-    git(root, "add", "-A")
-    git(root, "commit", "-m", "all")
+def test_repro_at_two_scales_leaves_git_as_it_should_be(tree, git):
+    git(tree, "init")
+    git(tree, "add", "-A")
+    git(tree, "commit", "-m", "all")
 
-    done = make(root, "repro")
+    done = make(tree, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the report: reports/index.html" in done.stdout and metric(root) == {"scale": "mini", "steps": 100}
-    assert f"code {root / 'tmlib'}" in done.stdout
-    assert sorted(git(root, "status", "--porcelain", "-uall").split("\n")) == ["", "?? reports/metrics/toy.json", "A  dvc.lock"]
-    git(root, "add", "-A")
-    git(root, "commit", "-m", "results")
+    assert "the report: reports/index.html" in done.stdout and metric(tree) == {"scale": "mini", "steps": 100}
+    assert f"code {tree / 'tmlib'}" in done.stdout
+    assert sorted(git(tree, "status", "--porcelain", "-uall").split("\n")) == ["", "?? reports/metrics/toy.json", "A  dvc.lock"]
+    git(tree, "add", "-A")
+    git(tree, "commit", "-m", "results")
 
-    smoke = root / ".scales" / "smoke"
-    done = make(root, "repro", "SCALE=smoke")
+    smoke = tree / ".scales" / "smoke"
+    done = make(tree, "repro", "SCALE=smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     assert metric(smoke) == {"scale": "smoke", "steps": 3} and (smoke / "data/clips/0.txt").read_text() == "3"
     assert f"code {smoke / 'tmlib'}" in done.stdout, "the mirror runs its own copy of the code"
-    assert metric(root)["steps"] == 100 and git(root, "status", "--porcelain") == ""
+    assert metric(tree)["steps"] == 100 and git(tree, "status", "--porcelain") == ""
 
     for arguments in ([], ["SCALE=smoke"]):         # and neither runs anything again
-        done = make(root, "repro", *arguments)
+        done = make(tree, "repro", *arguments)
         assert "Data and pipelines are up to date" in done.stdout + done.stderr
-    assert git(root, "status", "--porcelain") == ""
+    assert git(tree, "status", "--porcelain") == ""
 
 
 @pytest.mark.slow
-def test_repro_from_an_archive_without_git(tmp_path):
-    lay_out(tmp_path)
-    make(tmp_path, "strip")
-    done = make(tmp_path, "repro")
+def test_repro_from_an_archive_without_git(tree):
+    done = make(tree, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert metric(tmp_path)["steps"] == 100 and (tmp_path / "dvc.lock").exists()
+    assert metric(tree)["steps"] == 100 and (tree / "dvc.lock").exists()
     assert "No such" not in done.stderr
 
 
-def test_a_notebook_run_by_hand_stops_repro_and_strip_restores_it(tmp_path):
+def test_a_notebook_run_by_hand_stops_repro_and_strip_restores_it(tree):
     import nbformat
 
-    lay_out(tmp_path)
-    make(tmp_path, "strip")
-    source = tmp_path / "notebooks" / "10_toy.ipynb"
+    source = tree / "notebooks" / "10_toy.ipynb"
     clean = source.read_bytes()
     played = nbformat.read(source, as_version=4)
     played.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
     played.cells[2].outputs, played.cells[2].execution_count = [nbformat.v4.new_output("stream", text="1")], 4
     nbformat.write(played, source)
-    done = make(tmp_path, "repro")
+    done = make(tree, "repro")
     assert done.returncode and "error: notebooks/10_toy.ipynb was run by hand" in done.stderr
-    assert make(tmp_path, "strip").returncode == 0 and source.read_bytes() == clean
+    assert make(tree, "strip").returncode == 0 and source.read_bytes() == clean
 
 
-def test_plan_and_bench_run_their_modules(tmp_path):
-    lay_out(tmp_path)
+def test_plan_and_bench_run_their_modules(tree):
     for name in ("plan", "bench"):
-        (tmp_path / "tmlib" / f"{name}.py").write_text(f"import sys\nprint('{name}', sys.argv[1:])\n")
-    assert make(tmp_path, "plan").stdout == "plan ['talkingmachines-18b']\n"
-    assert make(tmp_path, "plan", "VARIANT=smoke", "ARGS=--gpus 2").stdout == "plan ['smoke', '--gpus', '2']\n"
-    assert make(tmp_path, "bench").stdout == "bench []\n" and make(tmp_path, "bench", "ARGS=--layers 2").stdout == "bench ['--layers', '2']\n"
+        (tree / "tmlib" / f"{name}.py").write_text(f"import sys\nprint('{name}', sys.argv[1:])\n")
+    assert make(tree, "plan").stdout == "plan ['talkingmachines-18b']\n"
+    assert make(tree, "plan", "VARIANT=smoke", "ARGS=--gpus 2").stdout == "plan ['smoke', '--gpus', '2']\n"
+    assert make(tree, "bench").stdout == "bench []\n" and make(tree, "bench", "ARGS=--layers 2").stdout == "bench ['--layers', '2']\n"
 
 
-def test_help_and_clear_errors(tmp_path):
-    lay_out(tmp_path)
-    done = make(tmp_path)
+def test_help_and_clear_errors(tree):
+    done = make(tree)
     assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "plan", "bench", "talk", "clean-scratch", "strip"))
-    make(tmp_path, "strip")
-    done = make(tmp_path, "repro", "SCALE=huge")
+    done = make(tree, "repro", "SCALE=huge")
     assert done.returncode and "no scale `huge`; known: mini, smoke" in done.stderr
-    assert "usage: make talk FACE=" in make(tmp_path, "talk").stderr
-    (tmp_path / "pyproject.toml").touch()
-    done = make(tmp_path, "env", "CONDA_DEFAULT_ENV=", "PYTHON=no-such-python")
-    assert done.returncode and "older than 3.11" in done.stderr and not (tmp_path / ".venv").exists()
+    assert "usage: make talk FACE=" in make(tree, "talk").stderr
+    (tree / "pyproject.toml").touch()
+    done = make(tree, "env", "CONDA_DEFAULT_ENV=", "PYTHON=no-such-python")
+    assert done.returncode and "older than 3.11" in done.stderr and not (tree / ".venv").exists()

@@ -158,9 +158,10 @@ def test_caches_are_those_of_the_streamer():
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from tmlib import config, talk
+signal.signal(signal.SIGINT, signal.default_int_handler)         # ignored, where the tests themselves run in the background
 def stream(image, waves):
     for wave in waves:
         yield np.zeros((len(wave) // talk.SAMPLES, 16, 16, 3), np.uint8)

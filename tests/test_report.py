@@ -63,6 +63,27 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
+    """Gains are paired with control's clips; costs are one device's; what is missing stays unmeasured."""
+    def write(name, numbers):
+        config.save_json(root / "reports" / "metrics" / f"{name}.json", numbers)
+
+    rows = [dict(chunk=c, steps=s, placement=p, fps=fps) for c, s, p, fps in
+            ((3, 2, "serial", 100.0), (3, 4, "serial", 50.0), (7, 2, "serial", 80.0), (7, 2, "overlap", 1.0))]
+    (root / "reports" / "metrics" / "tradeoff.json").unlink()
+    write("latency_matrix", dict(scale="mini", rows=rows))
+    write("per_clip/ablations/control", {"lip_r": [0.5, 0.7, 0.9]})
+    write("per_clip/ablations/four_steps", {"lip_r": [0.6, 0.8, 1.0]})
+    found = report.load_metrics(root)
+    made = found["tradeoff"]
+    assert made["steps_quality_gain"] == pytest.approx(0.1) == made["steps_quality_gain_lo"] and "chunk_quality_gain" not in made
+    assert (made["steps_cost_ratio"], made["chunk_cost_ratio"], made["scale"]) == (2.0, 1.25, "mini")
+    row = report.claims(found)["C10"]
+    assert row["holds"] is None and "chunk_quality_gain" in row["reason"] and row["evidence"] == "reports/metrics/ablations"
+    write("per_clip/ablations/chunk_7", {"lip_r": [0.5, 0.6, 0.9]})
+    assert report.claims(report.load_metrics(root))["C10"]["holds"] is False
+
+
 # -------------------------------------------------------------------------------------------------------- verdicts
 def test_every_claim_of_the_paper_has_its_row_in_the_agreed_form():
     rows = report.claims(good())

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from . import config, measured
 from .config import UserError, atomic
 from .figures import intervals, shown
+from .metrics import interval
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ CLAIMS = {
         Bar("tradeoff", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7; any"),
         Bar("tradeoff", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over 2; {NOISE}"),
         Bar("tradeoff", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over 3; {NOISE}")),
-        "needs students of other steps and chunks"),
+        "needs the ablations four_steps and chunk_7"),
     "C11": Claim("An audio language model drives it in a live conversation.", (
         Bar("conversation", "turns", ">=", 10, "turns in one conversation; enough to go back and forth"),
         Bar("conversation", "reply_ms_p95", "<=", 1000, "time until a reply begins; people wonder after a second")),
@@ -110,14 +113,30 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
 
 
 # --------------------------------------------------------------------------------------------------------- claims
+DERIVED = {"full_size": "data/measured", "tradeoff": "reports/metrics/ablations"}      # files of metrics that are made from others
+
+
 def load_metrics(root: Path) -> dict[str, dict]:
-    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, and "full_size" of root/data/measured if it has any."""
+    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, "tradeoff" from them, "full_size" of root/data/measured if it has any."""
     folder = root / "reports" / "metrics"
     if not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run `make repro`, which measures before it reports")
     metrics = {p.relative_to(folder).with_suffix("").as_posix(): config.load_json(p) for p in sorted(folder.rglob("*.json"))}
-    full_size = measured.full_size(root / "data" / "measured")
-    return metrics | ({"full_size": full_size} if full_size else {})
+    derived = {"full_size": measured.full_size(root / "data" / "measured"), "tradeoff": tradeoff(metrics)}
+    return metrics | {name: numbers for name, numbers in derived.items() if numbers}
+
+
+def tradeoff(metrics: dict[str, dict]) -> dict:
+    """What C10 asks for: lip r gained, clip by clip, and time per frame on one device, of four steps and of chunk 7 against chunk 3 in two."""
+    lips = {n.removeprefix("per_clip/ablations/"): np.array(m["lip_r"]) for n, m in metrics.items() if n.startswith("per_clip/ablations/")}
+    fps = {(r["chunk"], r["steps"]): r["fps"] for r in metrics.get("latency_matrix", {}).get("rows", ()) if r["placement"] == "serial"}
+    found = {}
+    for what, run, setting in (("steps", "four_steps", (3, 4)), ("chunk", "chunk_7", (7, 2))):
+        if run in lips and "control" in lips:
+            found |= interval(f"{what}_quality_gain", lips[run] - lips["control"])
+        if setting in fps and (3, 2) in fps:
+            found[f"{what}_cost_ratio"] = fps[3, 2] / fps[setting]
+    return found and found | {"scale": metrics["latency_matrix" if fps else "ablations/control"].get("scale")}
 
 
 def claims(metrics: dict[str, dict]) -> dict[str, dict]:
@@ -137,7 +156,7 @@ def _judge(claim: Claim, metrics: dict[str, dict]) -> dict:
 def _compare(bar: Bar, metrics: dict[str, dict]) -> dict:
     row = {"metric": f"{bar.file}:{bar.key}", "value": None, "ci95": None, "bar": None if callable(bar.bar) else bar.bar,
            "comparison": bar.op, "why": bar.why, "holds": None, "clear": None, "reason": None,
-           "evidence": "data/measured" if bar.file == "full_size" else f"reports/metrics/{bar.file}.json"}
+           "evidence": DERIVED.get(bar.file) or f"reports/metrics/{bar.file}.json"}
     measured = {name: {k: v for k, v in m.items() if v is not None} for name, m in metrics.items()}
     try:
         value = _number(measured[bar.file][bar.key], row["metric"])

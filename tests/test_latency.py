@@ -96,11 +96,12 @@ def test_cores_are_given_back():
 
 
 def test_the_matrix_has_every_combination():
-    p = SimpleNamespace(sizes=[3, 7], steps=[1, 2], chunks_each=3, warmup_each=1)
+    p = SimpleNamespace(sizes=[3, 7], steps=[1, 2], chunks_each=3, rounds_each=2, warmup_each=1)
     ears = FakeEars()
     ears.tokens_per_latent = 4
     rows = latency.matrix(make_dit(), FakeVAE(), ears, IMAGE, p, P)
     assert [(r["chunk"], r["steps"], r["placement"]) for r in rows] == [(c, s, name) for c in (3, 7) for s in (1, 2) for name in PLACEMENTS]
+    assert all(len(r["fps_each"]) == 2 and min(r["fps_each"]) <= r["fps"] <= max(r["fps_each"]) for r in rows)
     assert all(r["fps"] > 0 and (r["placement"] == "two_process") == ("frames_ms_p50" in r) for r in rows)
     cost = {(r["chunk"], r["steps"]): r["gflop"] for r in rows}
     assert cost[3, 2] > 1.5 * cost[3, 1] and cost[7, 1] > cost[3, 1]

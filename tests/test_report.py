@@ -32,7 +32,7 @@ def good():
         "streaming": RUN | drift | dict(chunks=1000, toggle_latency_frames=3, lip_r_first_minute=0.851, lip_r_last_minute=0.846),
         "latency": dict(scale="mini", serial_fps=61.2, chunk_ms_p50=1234.5, device="CPU, 2 threads", speedup_two_device=1.6,
                         speedup_overlap=1.1, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
-        "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, first_frame_ms=80.0)]),
+        "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, fps_each=[250.5], first_frame_ms=80.0)]),
         "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
         "tradeoff": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2),
         "conversation": dict(turns=12, reply_ms_p95=800.0),
@@ -68,8 +68,8 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
     def write(name, numbers):
         config.save_json(root / "reports" / "metrics" / f"{name}.json", numbers)
 
-    rows = [dict(chunk=c, steps=s, placement=p, fps=fps) for c, s, p, fps in
-            ((3, 2, "serial", 100.0), (3, 4, "serial", 50.0), (7, 2, "serial", 80.0), (7, 2, "overlap", 1.0))]
+    rows = [dict(chunk=c, steps=s, placement=p, fps_each=fps) for c, s, p, fps in
+            ((3, 2, "serial", [100, 50]), (3, 4, "serial", [50, 25]), (7, 2, "serial", [80, 40]), (7, 2, "overlap", [1, 1]))]
     (root / "reports" / "metrics" / "tradeoff.json").unlink()
     write("latency_matrix", dict(scale="mini", rows=rows))
     write("per_clip/ablations/control", {"lip_r": [0.5, 0.7, 0.9]})

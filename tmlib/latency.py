@@ -85,8 +85,8 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_turns(ways: dict[str, Streamer], picture, chunks: int, rounds: int) -> dict[str, list[list[Chunk]]]:
-    """Every way's stream, `rounds` times, the ways in turns; one core for placements of one device, two for the others."""
+def in_turns(ways: dict, picture, chunks: int, rounds: int) -> dict[object, list[list[Chunk]]]:
+    """Every way's stream ({name: Streamer}), `rounds` times, the ways in turns; one core for placements of one device, two for the others."""
     runs = {name: [] for name in ways}
     for _ in range(rounds):
         for name, streamer in ways.items():
@@ -96,18 +96,20 @@ def in_turns(ways: dict[str, Streamer], picture, chunks: int, rounds: int) -> di
 
 
 def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
-    """A row for every chunk size, number of steps and placement. how: shift, cache of the student; p: sizes, steps, chunks, warmup."""
-    rows = []
+    """A row for every chunk size, number of steps and placement, all in turns; "fps_each": of each round.
+
+    how: shift, cache of the student; p: sizes, steps, chunks_each, rounds_each, warmup_each.
+    """
     with cores(2), Streamer(dit, vae, encoder, "two_process") as first:   # one decoder's process serves all
-        for chunk in p.sizes:
-            for steps in p.steps:
-                ways = {name: Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=flow.timesteps(steps, how.shift), cache=how.cache,
-                                       worker=first.worker) for name in (*ONE, *TWO)}
-                found = {n: summary(made, 4 * chunk, p.warmup_each) for n, made in in_turns(ways, picture, p.chunks_each, 1).items()}
-                cost = plan.total(plan.chunk_flops(dit.config, chunk, (picture.shape[0] // 16) ** 2, steps, text=3, image=17,
-                                                   audio=encoder.tokens_per_latent)) / 1e9
-                rows += [{"chunk": chunk, "steps": steps, "placement": name, "gflop": cost,
-                          "dit_gflop_per_s": 1e3 * cost / numbers["dit_ms_p50"], **numbers} for name, numbers in found.items()]
+        ways = {(chunk, steps, name): Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=flow.timesteps(steps, how.shift), cache=how.cache,
+                                               worker=first.worker) for chunk in p.sizes for steps in p.steps for name in (*ONE, *TWO)}
+        runs = in_turns(ways, picture, p.chunks_each, p.rounds_each)
+    rows, tokens = [], (picture.shape[0] // 16) ** 2
+    for (chunk, steps, name), made in runs.items():
+        cost = plan.total(plan.chunk_flops(dit.config, chunk, tokens, steps, text=3, image=17, audio=encoder.tokens_per_latent)) / 1e9
+        numbers = summary(made, 4 * chunk, p.warmup_each)
+        rows.append({"chunk": chunk, "steps": steps, "placement": name, "gflop": cost, "dit_gflop_per_s": 1e3 * cost / numbers["dit_ms_p50"],
+                     "fps_each": rates(made, 4 * chunk, p.warmup_each).tolist(), **numbers})
     return rows
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from . import config, measured
 from .config import UserError, atomic
 from .figures import intervals, shown
-from .metrics import interval
+from .metrics import interval, paired
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def load_metrics(root: Path) -> dict[str, dict]:
 def tradeoff(metrics: dict[str, dict]) -> dict:
     """What C10 asks for: lip r gained, clip by clip, and time per frame on one device, of four steps and of chunk 7 against chunk 3 in two."""
     lips = {n.removeprefix("per_clip/ablations/"): np.array(m["lip_r"]) for n, m in metrics.items() if n.startswith("per_clip/ablations/")}
-    fps = {(r["chunk"], r["steps"]): r["fps"] for r in metrics.get("latency_matrix", {}).get("rows", ()) if r["placement"] == "serial"}
+    fps = {(r["chunk"], r["steps"]): r["fps_each"] for r in metrics.get("latency_matrix", {}).get("rows", ()) if r["placement"] == "serial"}
     found = {}
     for what, run, setting in (("steps", "four_steps", (3, 4)), ("chunk", "chunk_7", (7, 2))):
         if run in lips and "control" in lips:
             found |= interval(f"{what}_quality_gain", lips[run] - lips["control"])
         if setting in fps and (3, 2) in fps:
-            found[f"{what}_cost_ratio"] = fps[3, 2] / fps[setting]
+            found |= paired(f"{what}_cost_ratio", fps[3, 2], fps[setting])
     return found and found | {"scale": metrics["latency_matrix" if fps else "ablations/control"].get("scale")}
 
 

@@ -125,6 +125,7 @@ def test_a_soak_compares_its_end_with_its_beginning(monkeypatch):
     monkeypatch.setattr(soak, "WARMUP", 2)
     found = soak.soak(Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars()), IMAGE, 12)
     assert found["chunks"] == 12 and found["slower"] == pytest.approx(found["last_ms_p50"] / found["first_ms_p50"] - 1)
+    assert found["slower_than_fresh"] == pytest.approx(found["last_ms_p50"] / found["fresh_ms_p50"] - 1) and len(found["thousands_ms_p50"]) == 1
     if os.path.exists("/proc/self/statm"):
         assert found["resident_mb_first"] > 10 and found["grown"] < 0.5
     assert soak.resident("no such process") == 0

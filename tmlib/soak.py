@@ -2,7 +2,8 @@
 
 Two hours of video at chunk 3; a quarter of an hour or less on a laptop, which is why it is a command and no stage of the
 pipeline. Writes a JSON file: the median time of the first and of the last hundred chunks after the warm-up, and the resident
-memory of all its processes then and at the end.
+memory of all its processes then and at the end. Machines change their speed within minutes, so a new stream is begun right
+behind the old one: what its hundred chunks take less is what age costs.
 """
 import argparse
 import itertools
@@ -32,19 +33,27 @@ def soak(streamer, picture: np.ndarray, chunks: int, progress=None) -> dict[str,
     """Numbers of a stream of `chunks` chunks of a noise that never ends. chunks: at least WARMUP + 2 EACH."""
     piece = 0.05 * np.random.default_rng(0).standard_normal(4 * streamer.chunk * FRAME).astype(np.float32)
     pids = ["self", *([streamer.worker.process.pid] if streamer.worker else [])]
-    seconds, memory, began = np.zeros(chunks), {}, time.perf_counter()
-    stream = streamer.stream(picture, itertools.repeat(piece), **scene(streamer.dit, picture.shape[0] // 8))
-    for i, _ in zip(range(chunks), stream):
-        now = time.perf_counter()
-        seconds[i], began = now - began, now
-        if i in (WARMUP + EACH, chunks - 1):
-            memory[i] = resident(*pids)
-        if progress is not None:
-            progress.step()
-    stream.close()
-    first, last = (1e3 * float(np.median(seconds[part])) for part in (slice(WARMUP, WARMUP + EACH), slice(-EACH, None)))
-    before, after = memory.values()
-    return {"chunks": chunks, "placement": streamer.placement, "first_ms_p50": first, "last_ms_p50": last, "slower": last / first - 1,
+
+    def timed(n: int):
+        """Seconds of each of the first n chunks of a stream, and its memory after the first hundred and at the end."""
+        seconds, memory, began = np.zeros(n), {}, time.perf_counter()
+        stream = streamer.stream(picture, itertools.repeat(piece), **scene(streamer.dit, picture.shape[0] // 8))
+        for i, _ in zip(range(n), stream):
+            now = time.perf_counter()
+            seconds[i], began = now - began, now
+            if i in (WARMUP + EACH - 1, n - 1):
+                memory[i] = resident(*pids)
+            if progress is not None:
+                progress.step()
+        stream.close()
+        return seconds, list(memory.values())
+
+    seconds, (before, after) = timed(chunks)
+    fresh, _ = timed(WARMUP + EACH)
+    first, last, new = (1e3 * float(np.median(part)) for part in (seconds[WARMUP:WARMUP + EACH], seconds[-EACH:], fresh[-EACH:]))
+    return {"chunks": chunks, "placement": streamer.placement, "first_ms_p50": first, "last_ms_p50": last, "fresh_ms_p50": new,
+            "slower": last / first - 1, "slower_than_fresh": last / new - 1,
+            "thousands_ms_p50": [1e3 * float(np.median(part)) for part in np.array_split(seconds[WARMUP:], max(1, chunks // 1000))],
             "resident_mb_first": before / 1e6, "resident_mb_last": after / 1e6, "grown": after / before - 1 if before else None,
             "real_time_factor": 4 * streamer.chunk * (chunks - WARMUP) / 16 / float(seconds[WARMUP:].sum())}
 
@@ -71,10 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     size = models.how["size"]
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     with talk.make_streamer(models, placement=args.placement) as streamer:
-        found = soak(streamer, picture, args.chunks, Progress(args.chunks, "soak"))
+        found = soak(streamer, picture, args.chunks, Progress(args.chunks + WARMUP + EACH, "soak"))
     out = Path(args.out or config.SCRATCH / "soak.json")
     config.save_json(out, {**found, "torch": torch.__version__, "threads": 1, "platform": sys.platform})
-    print(f"{out}: chunk {found['first_ms_p50']:.1f} ms at first, {found['last_ms_p50']:.1f} ms at last; "
+    print(f"{out}: chunk {found['first_ms_p50']:.1f} ms at first, {found['last_ms_p50']:.1f} ms at last, "
+          f"{found['fresh_ms_p50']:.1f} ms in a new stream behind it; "
           f"memory {found['resident_mb_first']:.0f} MB, then {found['resident_mb_last']:.0f} MB")
     return 0
 

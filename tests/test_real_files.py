@@ -49,13 +49,13 @@ def trial(params, world):
     wan, smoke, wan14b = str(world / "wan"), params["scales"]["smoke"], params["scales"]["wan14b"]
     made = json.loads(json.dumps(smoke))
     made["common"] = {**smoke["common"], "condition": wan14b["common"]["condition"]}
-    made["data"] = {"folder": str(world / "videos"), "workers": 1, "shares": {"train": 0.4, "generic": 0.2, "test": 0.2, "natural": 0.2}}
-    made["codec"] = made["readers"] = {"pretrained": wan}
-    made["speech"] = {"pretrained": str(world / "w2v"), "wav2vec": {"layers": [1, 2], "past_s": 0.5}, "per_frame": 4, "context": 2}
+    made["data"] = {"folder": str(world / "videos"), "workers": 1, "shares": dict.fromkeys(("train", "generic", "test", "natural"), 0.25)}
+    for stage in ("codec", "readers", "base"):
+        made[stage] = {**smoke[stage], "pretrained": wan}
+    made["speech"] = {**smoke["speech"], "pretrained": str(world / "w2v"), "wav2vec": {"layers": [1, 2], "past_s": 0.5}, "per_frame": 4, "context": 2}
     made["latents"] = {"text_dim": 16, "mouth_weight": wan14b["latents"]["mouth_weight"]}
     for stage in ("base", "adaptation", "teacher"):
-        made[stage] = {**smoke[stage], "prior": wan14b[stage]["prior"]}
-    made["base"]["pretrained"] = wan
+        made[stage] = {**made[stage], "prior": wan14b[stage]["prior"]}
     params["scales"]["trial"] = made
     return params
 

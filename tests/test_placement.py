@@ -17,6 +17,7 @@ from tiny import make_dit, stir
 
 from tmlib import config
 from tmlib.config import UserError
+from tmlib.faults import gone
 from tmlib.placement import PLACEMENTS, ahead
 from tmlib.stream import Streamer
 from tmlib.vae import VAEConfig, VideoVAE
@@ -185,16 +186,6 @@ if __name__ == "__main__":
     main.kill()
     main.wait()
     assert until(lambda: gone(worker))
-
-
-def gone(pid):
-    """Whether a process has ended, perhaps not yet buried."""
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] == "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return True
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

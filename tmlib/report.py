@@ -43,7 +43,7 @@ def quiet(m: dict) -> float:
 
 
 SHUT = "mouth opening while listening; allowed: 8 % of that in speech, plus what the reader sees on truly closed mouths"
-NOISE = "5 % is more than two runs of the same differ by"
+NOISE = "less than 5 % is not worth having; the interval says how sure it is"
 
 CLAIMS = {
     "C1": Claim("A video model that has only met pictures learns to move its lips to speech it has never heard.", (

@@ -34,7 +34,7 @@ def test_a_regression_step_costs_what_torch_counts(tmp_path):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     latents, dit, p = make_latents(tmp_path), make_dit(), distillation()
     pairs = {"index": torch.arange(4), "seed": torch.arange(4), "target": latents.store["z"]}
-    loss, counted = distill.regression_loss(dit, latents, pairs, p), 0
+    [loss], counted = distill.regression_loss(dit, latents, pairs, p), 0
     for step in (0, 1):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             loss(torch.Generator().manual_seed(0), step)["loss"].backward()

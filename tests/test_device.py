@@ -11,7 +11,7 @@ import torch
 from tests.tiny import distillation, make_dit, make_latents
 from tmlib import distill, sampling, train
 
-PLAYERS = SimpleNamespace(batch=2, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
+PLAYERS = SimpleNamespace(batch=2, at_once=None, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
 
 
 def elsewhere():
@@ -30,7 +30,7 @@ def learns(dit, loss):
 
 def test_flow_matching(latents):
     dit = elsewhere()
-    learns(dit, train.flow_matching_loss(dit, latents, PLAYERS)(train.generator(0), 0)["loss"])
+    learns(dit, train.flow_matching_loss(dit, latents, PLAYERS)[0](train.generator(0), 0)["loss"])
 
 
 @pytest.mark.parametrize("cache, real", [("per_step", 0.0), ("per_step", 1.0), ("clean_pass", 0.0)])
@@ -38,7 +38,7 @@ def test_distillation(latents, cache, real):
     p = distillation(cache=cache, real_ratio=real, critic_steps=1)
     dit, critic, teacher = elsewhere(), elsewhere(), elsewhere().requires_grad_(False)
     pairs = {"index": torch.arange(4), "seed": torch.arange(4), "target": latents.store["z"]}
-    student_loss, critic_loss = distill.matching_losses(dit, critic, teacher, latents, pairs, p)     # the student's has the regression in it
+    [student_loss], [critic_loss] = distill.matching_losses(dit, critic, teacher, latents, pairs, p)     # the student's has the regression in it
     for step in range(p.steps):                                             # each step that keeps a gradient
         learns(dit, student_loss(train.generator(step), step)["loss"])
         learns(critic, critic_loss(train.generator(step), step)["loss"])
@@ -47,7 +47,7 @@ def test_distillation(latents, cache, real):
 def test_regression(latents):
     dit, pairs = elsewhere(), {"index": torch.arange(4), "seed": torch.arange(4), "target": latents.store["z"]}
     for step in range(2):
-        learns(dit, distill.regression_loss(dit, latents, pairs, distillation())(train.generator(step), step)["loss"])
+        learns(dit, distill.regression_loss(dit, latents, pairs, distillation())[0](train.generator(step), step)["loss"])
 
 
 def test_sampling_ends_with_the_way_back(latents):

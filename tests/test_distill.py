@@ -19,7 +19,7 @@ def latents(tmp_path):
 
 
 def noise_of(batch, seed=0):
-    return distill.drawn(batch.z.shape, torch.Generator().manual_seed(seed))
+    return distill.drawn(batch.z.shape, torch.Generator().manual_seed(seed), slice(None))
 
 
 class Calls:
@@ -99,7 +99,7 @@ def test_start_noises_real_video(dit, latents):
 
 def test_noise_is_drawn_once_a_step():
     g, first = torch.Generator().manual_seed(0), torch.ones(2, 3)
-    noise = distill.drawn((2, 3), g, first)
+    noise = distill.drawn((2, 3), g, slice(None), first)
     assert noise(0) is first and noise(1) is noise(1) and not torch.equal(noise(1), noise(2))
 
 
@@ -137,7 +137,7 @@ def pairs_of(latents, n=5, scale=1.0):
 
 def test_regression_by_hand(dit, latents):
     p, pairs = distillation(batch=3, border_weight=0.7), pairs_of(latents)
-    loss = distill.regression_loss(dit, latents, pairs, p)
+    [loss] = distill.regression_loss(dit, latents, pairs, p)
     got = loss(torch.Generator().manual_seed(0), 0)                      # step 0: straight from the pair's own noise
     j = torch.randint(5, (3,), generator=torch.Generator().manual_seed(0))
     batch, target = latents.batch(pairs["index"][j]), pairs["target"][j]
@@ -153,7 +153,7 @@ def test_regression_by_hand(dit, latents):
 
 
 def test_regression_learns(dit, latents):
-    loss = distill.regression_loss(dit, latents, pairs_of(latents, scale=0.2), distillation(batch=4))
+    [loss] = distill.regression_loss(dit, latents, pairs_of(latents, scale=0.2), distillation(batch=4))
     optimiser, seen = torch.optim.Adam(dit.parameters(), 1e-2), []
     for step in range(40):
         optimiser.zero_grad()
@@ -166,7 +166,7 @@ def test_regression_learns(dit, latents):
 
 def test_rolling_caches_cannot_start_from_real_video(latents):
     p = distillation(cache="clean_pass", real_ratio=1.0)
-    for_student, _ = distill.matching_losses(*(make_dit(seed) for seed in range(3)), latents, pairs_of(latents), p)
+    [for_student], _ = distill.matching_losses(*(make_dit(seed) for seed in range(3)), latents, pairs_of(latents), p)
     with pytest.raises(UserError, match="real_ratio must be 0 with cache clean_pass"):
         for_student(torch.Generator(), 0)
 
@@ -175,7 +175,7 @@ def test_rolling_caches_cannot_start_from_real_video(latents):
 def test_matching_reaches_its_own_player_alone(latents, cache, real_ratio):
     student, critic, teacher = (make_dit(seed) for seed in range(3))
     p = distillation(cache=cache, real_ratio=real_ratio)
-    for_student, for_critic = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)
+    [for_student], [for_critic] = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)
     judges = Calls(critic), Calls(teacher)
     for step in (0, 3):                                                  # both denoising steps: step // critic_steps % steps
         out = for_student(torch.Generator().manual_seed(step), step)
@@ -193,10 +193,10 @@ def test_matching_by_hand(latents):
     student, critic, teacher = (make_dit(seed).requires_grad_(seed == 0) for seed in range(3))
     p = distillation(real_ratio=0.0, regression_weight=0.5, guidance=3.0)
     pairs, seeded = pairs_of(latents), lambda: torch.Generator().manual_seed(4)
-    got = distill.matching_losses(student, critic, teacher, latents, pairs, p)[0](seeded(), 0)
+    got = distill.matching_losses(student, critic, teacher, latents, pairs, p)[0][0](seeded(), 0)
     g = seeded()
-    batch, _ = latents.draw(2, g), torch.rand((), generator=g)
-    x = distill.student(student, batch, distill.drawn(batch.z.shape, g), p, 0)
+    batch, _ = latents.batch(latents.draw(2, g)), torch.rand((), generator=g)
+    x = distill.student(student, batch, distill.drawn(batch.z.shape, g, slice(None)), p, 0)
     t = flow.random_timesteps(2, p.shift, g, 20, 980)
     x_t = flow.add_noise(x, torch.randn(x.shape, generator=g), t)
     run = lambda net, **sound: net(torch.cat([x_t, batch.cond], 1), t, **{**batch.conditions(), **sound})
@@ -205,7 +205,7 @@ def test_matching_by_hand(latents):
     fake = flow.x0_from_v(x_t, run(critic), t)
     torch.testing.assert_close(got["gap"], (fake - real).abs().mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got["dmd"], losses.dmd(x, real, fake, batch.weight), atol=1e-5, rtol=1e-4)
-    regression = distill.regression_loss(student, latents, pairs, p)(g, 0)["loss"]
+    regression = distill.regression_loss(student, latents, pairs, p)[0](g, 0)["loss"]
     torch.testing.assert_close(got["loss"], got["dmd"] + 0.5 * regression)
 
 
@@ -213,7 +213,7 @@ def test_every_denoising_step_is_trained(latents):
     """The student plays on every third step; its gradient still visits all denoising steps."""
     student, critic, teacher = (make_dit(seed) for seed in range(3))
     p = distillation(critic_steps=2, steps=2, real_ratio=0.0, regression_weight=0.0)
-    loss = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0]
+    [loss] = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0]
     trained = []
     for step in range(0, 8, 2):
         calls = Calls(student)
@@ -226,5 +226,5 @@ def test_a_student_as_good_as_its_teacher_rests(latents):
     """With the critic equal to an unguided teacher the scores agree, and matching has nothing to say."""
     student, critic, teacher = make_dit(0), make_dit(1), make_dit(1)
     p = distillation(guidance=1.0, regression_weight=0.0)
-    distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0](torch.Generator(), 0)["loss"].backward()
+    distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0][0](torch.Generator(), 0)["loss"].backward()
     assert gradients(student) == [False]

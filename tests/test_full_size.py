@@ -133,7 +133,7 @@ def trained(players, steps, folder, name):
 
 
 def test_every_stage_takes_steps_and_the_student_streams(world, tmp_path):
-    latents, models, short = Latents(world / "latents.safetensors"), tmp_path / "models", dict(batch=2, chunk=1)
+    latents, models, short = Latents(world / "latents.safetensors"), tmp_path / "models", dict(batch=2, at_once=1, chunk=1)
 
     # base: the public weights, and an audio path grown onto them that says nothing yet
     base = section("base", **short)

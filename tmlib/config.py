@@ -24,6 +24,7 @@ MODELS = DATA / "models"
 SCRATCH = DATA / "scratch"          # resume state and failed runs: ignored by git and by DVC
 REPORTS = ROOT / "reports"
 METRICS = REPORTS / "metrics"
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("TM_RANK", 0), ("TM_WORLD", 1)))    # of a stage's processes: see `ranks`
 
 
 class UserError(Exception):
@@ -115,10 +116,11 @@ def seed_everything(seed: int, threads: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- files
 @contextmanager
-def atomic(path):
+def atomic(path, every_rank: bool = False):
     """Yield a temporary path beside `path` (same suffix); rename it on success, remove it on failure.
 
-    Makes parent folders. The temporary may be made a file or a folder.
+    Makes parent folders. The temporary may be made a file or a folder. Of several processes of a stage rank 0's is kept, the others'
+    are removed, unless every rank writes a path of its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,8 @@ def atomic(path):
     _remove(temporary)
     try:
         yield temporary
+        if RANK and not every_rank:
+            return
         if temporary.is_dir():
             _remove(path)                       # a folder cannot be renamed over a full folder
         os.replace(temporary, path)

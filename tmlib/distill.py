@@ -6,13 +6,14 @@ matching (DMD) against the guided teacher with a critic that learns the student'
 """
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import chain, flow, losses, sampling
-from .config import Progress, UserError, atomic
+from . import chain, flow, losses, ranks, sampling
+from .config import RANK, Progress, UserError, atomic
 from .latents import Batch, Latents
 from .sampling import clip_noise, denoiser
 
@@ -35,17 +36,17 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Ten
     """
     from safetensors.torch import save_file
     if Path(kept).exists():
-        shutil.copyfile(kept, path)
-        return load_pairs(path)
+        if not RANK:
+            shutil.copyfile(kept, path)
+        return load_pairs(kept)
     g = torch.Generator().manual_seed(p.seed)
     index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
     seed = torch.arange(p.pairs) + 1_000_000
     progress, target = Progress(p.pairs, "teacher solutions"), []
-    for lo in range(0, p.pairs, p.batch):
-        batch = latents.batch(index[lo:lo + p.batch])
-        noise = clip_noise(seed[lo:lo + p.batch], batch.z.shape[1:])
-        target.append(sampling.teacher(teacher, batch, noise, p.pair_steps, p.shift, p.guidance))
-        progress.step(len(batch))
+    for some in torch.arange(p.pairs).split(p.batch):
+        target.append(ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),
+                                                                       p.pair_steps, p.shift, p.guidance)))
+        progress.step(len(some))
     pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
     for to in (path, kept):
         with atomic(to) as tmp:
@@ -73,44 +74,44 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     return flow.few_step(lambda i, x_t: v(x_t, at(ts[i])), noise, ts, grad=grad)
 
 
-def drawn(shape, g: torch.Generator, first: Tensor | None = None, device="cpu") -> Callable[[int], Tensor]:
-    """Noise of step i from the generator, each drawn once, on the device; step 0 may be given."""
+def drawn(shape, g: torch.Generator, part: slice, first: Tensor | None = None, device="cpu") -> Callable[[int], Tensor]:
+    """Noise of step i for a part of a batch (whose shape is given): drawn whole and once, put on the device; step 0's part may be given."""
     made = {} if first is None else {0: first.to(device)}
 
     def noise(i: int) -> Tensor:
         if i not in made:
-            made[i] = torch.randn(shape, generator=g).to(device)
+            made[i] = torch.randn(shape, generator=g)[part].to(device)
         return made[i]
     return noise
 
 
-def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
-    """Player's loss: at a random step the student's x_0 must meet the teacher's solution, borders between chunks included."""
-    def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
-        j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)
+def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
+    """Player's loss, in parts: at a random step the student's x_0 must meet the teacher's solution, borders between chunks included."""
+    def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
+        j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)[part]
         batch, target = latents.batch(pairs["index"][j]).to(dit.device), pairs["target"][j].to(dit.device)
-        noise = drawn(target.shape, g, clip_noise(pairs["seed"][j], target.shape[1:]), dit.device)
+        noise = drawn((p.batch, *latents.shape), g, part, clip_noise(pairs["seed"][j], latents.shape), dit.device)
         x = student(dit, batch, noise, p, grad=step % p.steps)
         regression = losses.weighted_mse(x, target, batch.weight)
         border = losses.border(x, target, p.chunk, batch.weight)
         return {"loss": regression + p.border_weight * border, "regression": regression, "border": border}
-    return loss
+    return [partial(loss, part) for part in ranks.parts(p.batch, p.at_once)]
 
 
 def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Tensor], p):
-    """The two players of DMD: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression."""
-    regress = regression_loss(dit, latents, pairs, p)
+    """The two players of DMD, in parts: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression."""
+    shape = p.batch, *latents.shape
 
-    def sample(g: torch.Generator, grad: int | None) -> tuple[Batch, Tensor]:
-        batch = latents.draw(p.batch, g).to(dit.device)
+    def sample(part: slice, g: torch.Generator, grad: int | None) -> tuple[Batch, Tensor]:
+        batch = latents.batch(latents.draw(p.batch, g)[part]).to(dit.device)
         real = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
-        return batch, student(dit, batch, drawn(batch.z.shape, g, device=dit.device), p, grad, start=real)
+        return batch, student(dit, batch, drawn(shape, g, part, device=dit.device), p, grad, start=real)
 
-    def student_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
-        batch, x = sample(g, grad=step // p.critic_steps % p.steps)
-        t = flow.random_timesteps(len(batch), p.shift, g, low=20, high=980, device=dit.device)
+    def student_loss(part: slice, regress, g: torch.Generator, step: int) -> dict[str, Tensor]:
+        batch, x = sample(part, g, grad=step // p.critic_steps % p.steps)
+        t = flow.random_timesteps(p.batch, p.shift, g, low=20, high=980)[part].to(dit.device)
         with torch.no_grad():
-            x_t = flow.add_noise(x, torch.randn(x.shape, generator=g).to(dit.device), t)
+            x_t = flow.add_noise(x, torch.randn(shape, generator=g)[part].to(dit.device), t)
             real = flow.x0_from_v(x_t, denoiser(teacher, batch, p.guidance)(x_t, t), t)
             fake = flow.x0_from_v(x_t, denoiser(critic, batch)(x_t, t), t)
         match = losses.dmd(x, real, fake, batch.weight)
@@ -118,10 +119,11 @@ def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Ten
         return {"loss": match + p.regression_weight * reg["loss"], "dmd": match, "regression": reg["regression"],
                 "gap": (fake - real).abs().mean()}
 
-    def critic_loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
+    def critic_loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         with torch.no_grad():
-            batch, x = sample(g, grad=None)
-        t = flow.random_timesteps(len(batch), p.shift, g, device=dit.device)
-        eps = torch.randn(x.shape, generator=g).to(dit.device)
+            batch, x = sample(part, g, grad=None)
+        t = flow.random_timesteps(p.batch, p.shift, g)[part].to(dit.device)
+        eps = torch.randn(shape, generator=g)[part].to(dit.device)
         return {"loss": losses.flow_matching(denoiser(critic, batch), x, eps, t, batch.weight * critic.loss_weight(x, t))}
-    return student_loss, critic_loss
+    parts, regressions = ranks.parts(p.batch, p.at_once), regression_loss(dit, latents, pairs, p)
+    return [partial(student_loss, *both) for both in zip(parts, regressions)], [partial(critic_loss, part) for part in parts]

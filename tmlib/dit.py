@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import attention as att
-from . import flow, hub, weights
+from . import flow, hub, ranks, weights
 from .config import UserError
 from .layers import AudioModule, Block, ConditionEmbedder, Context, LayerNorm32
 
@@ -146,8 +146,8 @@ class WanDiT(nn.Module):
         return Context(*tables, *tokens, audio_mask, mask, self.chunk)
 
     def known(self, layer, ctx, cache):
-        """A block's cross-attention keys and values, computed once per stream. Not in training: blocks may be sharded."""
-        if torch.is_grad_enabled():
+        """A block's cross-attention keys and values, computed once per stream. Not in training, nor where a block must gather its weights."""
+        if torch.is_grad_enabled() or ranks.WORLD > 1:
             return None
         return self.blocks[layer].attn2.sources(ctx, lambda name, tokens, kv: cache.remember((name, layer), tokens, kv))
 
@@ -213,7 +213,7 @@ class WanDiT(nn.Module):
 
     @classmethod
     def from_variant(cls, name, **overrides):
-        """A freshly initialised model of VARIANTS[name], fields replaced by `overrides` (DiTConfig's names)."""
+        """A freshly initialised model of VARIANTS[name], fields replaced by `overrides` (DiTConfig's names); whole, see `ranks.shard`."""
         if name not in VARIANTS:
             raise UserError(f"model variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
         return cls(weights.replace(DiTConfig(**VARIANTS[name]), overrides))
@@ -230,12 +230,15 @@ class WanDiT(nn.Module):
         """Read a folder of diffusers' layout or of Wan2.1's own, or a hub id. overrides: our own fields, to grow audio onto a bare Wan.
 
         Only audio weights may be missing, and are then initialised; other missing or unexpected names -> UserError.
-        dtype: of the weights, but norms, time embedder and modulation stay float32, as in diffusers.
+        dtype: of the weights, but norms, time embedder and modulation stay float32, as in diffusers. In a stage of several processes
+        each holds its piece of every weight, in float32: see `ranks.shard`.
         """
         folder = hub.find_part(folder, "transformer")
         config = weights.replace(weights.read_config(folder, DiTConfig, OUR_DEFAULTS), overrides)
         with torch.device("meta"):
             model = cls(config)
+        if ranks.WORLD > 1:
+            model = ranks.shard(model).to_empty(device=device)
         missing = weights.load_into(model, folder, dtype, device, optional="audio")
         init_weights(model, missing)
         return model
@@ -255,11 +258,12 @@ def init_weights(model, names=None):
     | scale_shift_table                      | N(0, 1 / dim)                     |
     | every other matrix                     | Xavier uniform, as Wan2.1         |
     """
-    for name, p in model.named_parameters():
+    for name, param in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         with torch.no_grad():
-            if names is not None and name not in names:
-                continue
-            elif name.endswith("bias") or "proj_out." in name or "audio_out." in name:
+            p = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+            if name.endswith("bias") or "proj_out." in name or "audio_out." in name:
                 p.zero_()
             elif "scale_shift_table" in name:
                 p.normal_(std=p.shape[-1] ** -0.5)
@@ -271,6 +275,7 @@ def init_weights(model, names=None):
                 p.fill_(1.0)
             else:
                 nn.init.xavier_uniform_(p.flatten(1))
+            param.copy_(ranks.cut(p, param))
 
 
 # Variants

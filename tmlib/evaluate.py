@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import flow, metrics
+from . import flow, metrics, ranks
 from .config import Progress
 from .data import STYLES, Clips, to_float, to_uint8
 from .latents import Latents
@@ -29,12 +29,12 @@ class Bench:
 
     def videos(self, make, batch_size: int, what: str) -> np.ndarray:
         """make(batch, indices) -> latents, over the split; returns uint8 (n, T, H, W, 3)."""
+        one = lambda mine: torch.from_numpy(to_uint8(self.vae.decode(make(self.latents.batch(mine), mine.tolist()))[0]))
         progress, out = Progress(len(self.latents), what), []
         for lo in range(0, len(self.latents), batch_size):
             index = torch.arange(lo, min(lo + batch_size, len(self.latents)))
             with torch.no_grad():
-                z = make(self.latents.batch(index), index.tolist())
-                out.append(to_uint8(self.vae.decode(z)[0]))
+                out.append(ranks.spread(index, one).numpy())
             progress.step(len(index))
         return np.concatenate(out)
 
@@ -108,9 +108,7 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, np.ndarray
 @torch.no_grad()
 def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (100, 300, 500, 700, 900), batch_size: int = 16) -> np.ndarray:
     """Flow-matching loss of every clip on a fixed grid of noise levels with fixed noise: (n,). Compare models on the same split."""
-    out = []
-    for lo in range(0, len(latents), batch_size):
-        index = torch.arange(lo, min(lo + batch_size, len(latents)))
+    def one(index: torch.Tensor) -> torch.Tensor:
         batch = latents.batch(index).to(dit.device)
         batch = batch if sound else batch.silent()
         v = denoiser(dit, batch)
@@ -120,5 +118,5 @@ def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (1
             t = torch.full((len(index),), float(t), device=dit.device)
             error = (v(flow.add_noise(batch.z, eps, t), t) - (eps - batch.z)).square() * batch.weight
             total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
-        out.append(total / len(levels))
-    return torch.cat(out).cpu().numpy()
+        return (total / len(levels)).cpu()
+    return torch.cat([ranks.spread(index, one) for index in torch.arange(len(latents)).split(batch_size)]).numpy()

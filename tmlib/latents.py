@@ -52,11 +52,10 @@ class Batch:
         """The same clips for a model that has not met sound."""
         return replace(self, audio=None)
 
-    def drop(self, g: torch.Generator, audio: float, text: float) -> "Batch":
-        """Condition dropout for classifier-free guidance: zeros in place of a condition, clip by clip."""
-        keep = lambda x, p: x * (torch.rand(len(x), generator=g) >= p).to(x).view(-1, *[1] * (x.dim() - 1))
-        sound = None if self.audio is None else keep(self.audio, audio)
-        return replace(self, audio=sound, text=keep(self.text, text))
+    def keep(self, **clips: Tensor) -> "Batch":
+        """Condition dropout for classifier-free guidance: zeros in place of a condition, `keep(audio=(B,) of bools)`."""
+        kept = lambda x, some: x * some.to(x).view(-1, *[1] * (x.dim() - 1))
+        return replace(self, **{name: kept(getattr(self, name), some) for name, some in clips.items()})
 
     def conditions(self) -> dict[str, Tensor | None]:
         """Keyword arguments of `WanDiT.forward`."""
@@ -125,6 +124,11 @@ class Latents:
         std = F.avg_pool2d(F.pad(std[None, None], (1,) * 4, mode="replicate"), 3, 1)[0, 0]            # faces elsewhere move elsewhere
         return [[round(v, 3) for v in row] for row in std.clamp_min(0.05).tolist()]
 
-    def draw(self, n: int, g: torch.Generator) -> Batch:
-        """n clips with replacement; a function of the generator's state alone, so that resuming is exact."""
-        return self.batch(torch.randint(len(self), (n,), generator=g))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(16, F, h, w)"""
+        return tuple(self.store["z"].shape[1:])
+
+    def draw(self, n: int, g: torch.Generator) -> Tensor:
+        """Indices (n,) of clips, with replacement; a function of the generator's state alone, so that resuming is exact."""
+        return torch.randint(len(self), (n,), generator=g)

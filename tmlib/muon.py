@@ -8,6 +8,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from . import ranks
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)        # x -> a x + b x^3 + c x^5 pulls singular values in (0, 1] towards 1
 STEPS = 5
 
@@ -40,7 +42,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), ps in alike.items():
                 for p in ps:
                     self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                ahead = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in ps])     # Nesterov
+                ahead = torch.stack([ranks.whole(p.grad.lerp(self.state[p]["momentum"], group["momentum"])) for p in ps])      # Nesterov
                 step = 0.2 * max(rows, columns) ** 0.5 * group["lr"]
                 for p, o in zip(ps, orthogonal(ahead.float())):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(o.to(p.dtype), alpha=-step)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(ranks.cut(o.to(p.dtype), p), alpha=-step)

@@ -20,7 +20,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from . import config
+from . import config, shadow
 
 FAILED = config.SCRATCH / "failed"
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}(?=>)")          # <Figure object at 0x7f...>
@@ -47,15 +47,15 @@ def parameters(source) -> dict:
         raise config.UserError(f"{source}: its `parameters` cell may only hold lines `name = literal value`") from None
 
 
-def check(source, injected: dict) -> None:
-    """Fail now rather than after a kernel's start: unknown names, an unknown section or parameter."""
+def check(source, injected: dict) -> int:
+    """Fail now rather than after a kernel's start: unknown names, an unknown section or parameter. Returns how many processes it wants."""
     known = parameters(source)
     for name in injected:
         if name not in known:
             raise config.UserError(f"{source}: has no parameter `{name}`; known: {', '.join(known)}")
     values = {**known, **injected}
-    if "section" in values:
-        config.load(values["section"], values.get("overrides"))
+    loaded = config.load(values["section"], values.get("overrides")) if "section" in values else None
+    return getattr(loaded, "processes", 1)
 
 
 # ------------------------------------------------------------------------------------------------- normal form
@@ -105,18 +105,21 @@ def run(source, output, **injected) -> None:
     import nbformat
 
     source, output = Path(source), Path(output)
-    check(source, injected)
+    processes = check(source, injected)
     partial = FAILED / output.name
     partial.parent.mkdir(parents=True, exist_ok=True)
-    _execute(source, partial, injected)
+    _execute(source, partial, injected, processes)
     notebook = normalise(nbformat.read(partial, as_version=4))
     with config.atomic(output) as temporary:
         nbformat.write(notebook, temporary)
     partial.unlink()
 
 
-def _execute(source: Path, partial: Path, injected: dict) -> None:
-    """papermill in a thread, so that signals stay ours: nbclient's own handlers (only set in a main thread) let cells run on."""
+def _execute(source: Path, partial: Path, injected: dict, processes: int) -> None:
+    """papermill in a thread, so that signals stay ours: nbclient's own handlers (only set in a main thread) let cells run on.
+
+    Of several processes the kernel is rank 0; `shadow` starts the others.
+    """
     import papermill
     from traitlets.config import Config
 
@@ -137,6 +140,7 @@ def _execute(source: Path, partial: Path, injected: dict) -> None:
 
     with tempfile.TemporaryDirectory(prefix="tm-") as sockets:
         _prepare_environment(sockets)
+        others = shadow.start(source, injected, processes, sockets, FAILED)
         worker = threading.Thread(target=work, args=[sockets], daemon=True)
         worker.start()
         dvc = _dvc()
@@ -145,10 +149,14 @@ def _execute(source: Path, partial: Path, injected: dict) -> None:
                 worker.join(0.2)                                # short: a signal's handler runs between two joins
                 if dvc and not _alive(dvc):
                     raise SystemExit("stopped: dvc is gone")    # or this run would meet the next `dvc repro` at its files
+                shadow.check(others, worker)
+            if not outcome:
+                shadow.check(others, worker, patience=60)
         except BaseException:
             kill_children()
             raise
     if outcome:
+        kill_children()
         raise config.UserError(_explain(source, partial, outcome[0])) from outcome[0]
 
 

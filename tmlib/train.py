@@ -8,16 +8,19 @@ What is special
 """
 import hashlib
 import json
+import math
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import chain, flow, losses
+from . import chain, flow, losses, ranks
 from .config import SCRATCH, Progress, atomic
 from .latents import Latents
 from .muon import Muon
@@ -42,7 +45,7 @@ class Player:
     """A network with its own loss and optimiser: a plain model is one, a student and its critic are two."""
     name: str
     model: nn.Module
-    loss: Callable[[torch.Generator, int], dict[str, Tensor]]                 # {"loss": scalar to minimise, other numbers ...}
+    loss: Callable[[torch.Generator, int], dict[str, Tensor]] | list          # {"loss": scalar to minimise, other numbers ...}; several: their mean
     optim: Optim
     every: int = 1                               # plays on steps divisible by `every`
     bf16: bool = False                           # computes its loss under `autocast`
@@ -103,12 +106,16 @@ def play(p: Player, step: int, steps: int, seed: int) -> dict[str, float]:
         for group in opt.param_groups:
             group["lr"] = group["peak"] * factor
         opt.zero_grad(set_to_none=True)
-    with autocast(p.bf16):
-        out = p.loss(generator(seed, step, p.name), step)
-    out["loss"].backward()
-    norm = nn.utils.clip_grad_norm_([q for q in p.model.parameters() if q.grad is not None], p.optim.clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"{p.name}: gradient is {norm.item()} at step {step}, loss {out['loss'].item()}; lower its learning rate")
+    parts, numbers = p.loss if isinstance(p.loss, list) else [p.loss], defaultdict(float)
+    for loss in parts:                                                        # one after another: see `ranks.parts`
+        with autocast(p.bf16):
+            out = loss(generator(seed, step, p.name), step)
+        (out["loss"] / len(parts)).backward()
+        for k, v in out.items():
+            numbers[k] += float(v.detach()) / len(parts)
+    norm = float(ranks.whole(nn.utils.clip_grad_norm_([q for q in p.model.parameters() if q.grad is not None], p.optim.clip)))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{p.name}: gradient is {norm} at step {step}, loss {numbers['loss']}; lower its learning rate")
     for opt in p.optimisers:
         opt.step()
     if p.optim.ema:
@@ -116,18 +123,33 @@ def play(p: Player, step: int, steps: int, seed: int) -> dict[str, float]:
         for k, v in p.model.state_dict().items():
             if v.dtype.is_floating_point:
                 p.average[k].lerp_(v, 1 - decay)
-    return {k: float(v.detach()) for k, v in out.items()} | {"grad_norm": float(norm)}
+    return ranks.mean(numbers) | {"grad_norm": norm}
 
 
-def save_state(path: Path, players: list[Player], step: int, history: list[dict], recent: dict) -> None:
+def states(folder: Path) -> dict[int, Path]:
+    """This rank's saved states by step: one, but for the moment in which the next is written."""
+    return {int(path.stem.split("-")[1]): path for path in Path(folder).glob(f"state-*-{ranks.RANK}-of-{ranks.WORLD}.pt")}
+
+
+def save_state(folder: Path, players: list[Player], step: int, history: list[dict], recent: dict) -> None:
+    """Every rank writes its piece; the last state goes when all have the new one, so that one is whole whenever this is killed."""
     state = {"step": step, "history": history, "recent": recent, "players": {p.name: {
         "model": p.model.state_dict(), "average": p.average, "optimisers": [o.state_dict() for o in p.optimisers]} for p in players}}
-    with atomic(path) as tmp:
+    earlier = states(folder)
+    with atomic(Path(folder) / f"state-{step}-{ranks.RANK}-of-{ranks.WORLD}.pt", every_rank=True) as tmp:
         torch.save(state, tmp)
+    ranks.wait()
+    for path in (path for k, path in earlier.items() if k != step):
+        path.unlink()
 
 
-def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict], dict]:
-    state = torch.load(path, weights_only=True)
+def load_state(folder: Path, players: list[Player]) -> tuple[int, list[dict], dict]:
+    """Players as they were at the newest step that all ranks have saved: (step, history, recent numbers); (0, [], {}) where none is."""
+    mine = states(folder)
+    step = max(set.intersection(*map(set, ranks.agreed(list(mine)))), default=0)
+    if not step:
+        return 0, [], {}
+    state = torch.load(mine[step], weights_only=True)
     for p in players:
         saved = state["players"][p.name]
         p.model.load_state_dict(saved["model"])
@@ -139,26 +161,25 @@ def load_state(path: Path, players: list[Player]) -> tuple[int, list[dict], dict
 
 def train(players: list[Player], steps: int, seed: int, folder: Path, what: str, save_share: float = 0.03,
           log_every: int = 20, stop_at: int | None = None) -> list[dict]:
-    """Runs steps 0 .. steps - 1, going on from `folder/state.pt` if it is there; returns the log (one dict per `log_every`).
+    """Runs steps 0 .. steps - 1, going on from the state in `folder` if there is one; returns the log (one dict per `log_every`).
 
     Saving the state may take `save_share` of the time, and comes every two seconds at most. With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
     """
     for p in players:
         p.optimisers = build_optimisers(p.model, p.optim)
         p.average = {k: v.detach().clone() for k, v in p.model.state_dict().items()} if p.optim.ema else {}
-    path = Path(folder) / "state.pt"
-    step, history, recent = load_state(path, players) if path.exists() else (0, [], {})
+    step, history, recent = load_state(folder, players)
     if step:
         print(f"{what}: going on from step {step} of {steps}", flush=True)
     progress, saved, pause = Progress(steps, what, start=step), time.monotonic(), 0.06 / save_share
     while step < steps:
-        if time.monotonic() - saved > pause:
+        if ranks.agreed(time.monotonic() - saved > pause)[0]:                # rank 0's clock counts
             began = time.monotonic()
-            save_state(path, players, step, history, recent)
+            save_state(folder, players, step, history, recent)
             saved = time.monotonic()
             pause = max(0.06, saved - began) / save_share
         if stop_at is not None and step >= stop_at:
-            save_state(path, players, step, history, recent)
+            save_state(folder, players, step, history, recent)
             return history
         for p in players:
             if step % p.every == 0:
@@ -167,36 +188,45 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
         if step % log_every == 0 or step == steps:
             history.append({"step": step, **recent})
         progress.step(**{k: v for k, v in recent.items() if k.endswith("loss")})
-    save_state(path, players, step, history, recent)
+    save_state(folder, players, step, history, recent)
     for p in players:
         if p.optim.ema:
             p.model.load_state_dict(p.model.state_dict() | p.average)
     return history
 
 
-def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
-    """The loss of stages 0-2: every clip of a batch at `p.repeats` stratified noise levels, conditions dropped for guidance.
+def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
+    """The loss of stages 0-2, in parts: every clip of a batch at `p.repeats` stratified noise levels, conditions dropped for guidance.
 
-    p: batch, repeats, shift, drop_audio (1: the model never hears sound), drop_text.
+    p: batch, at_once (see `ranks.parts`), repeats, shift, drop_audio (1: the model never hears sound), drop_text.
     """
-    def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
-        batch = latents.draw(p.batch, g).to(dit.device)
-        batch = (batch.silent() if p.drop_audio >= 1 else batch).drop(g, p.drop_audio, p.drop_text).repeat(p.repeats)
-        n = len(batch)
+    def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
+        silent = p.drop_audio >= 1
+        index = latents.draw(p.batch, g)                                                         # the whole batch: equal on all ranks
+        heard = None if silent else torch.rand(p.batch, generator=g) >= p.drop_audio
+        told = torch.rand(p.batch, generator=g) >= p.drop_text
+        n = p.batch * p.repeats
         u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n                     # stratified in (0, 1)
-        t = 1000 * flow.shift_sigma(u, p.shift).to(dit.device)
-        eps = torch.randn(batch.z.shape, generator=g).to(dit.device)                             # drawn on the CPU: equal everywhere
+        eps = torch.randn(n, *latents.shape, generator=g)                                        # drawn on the CPU: equal everywhere
+
+        batch = latents.batch(index[part])
+        batch = (batch.silent() if silent else batch.keep(audio=heard[part])).keep(text=told[part]).repeat(p.repeats).to(dit.device)
+        t, eps = (x.unflatten(0, (p.batch, p.repeats))[part].flatten(0, 1).to(dit.device) for x in (1000 * flow.shift_sigma(u, p.shift), eps))
         return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * chain.bare(dit).loss_weight(batch.z, t))}
-    return loss
+    return [partial(loss, part) for part in ranks.parts(p.batch, p.at_once)]
 
 
 def autocast(wanted: bool) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it fast (AMX, CUDA), else float32: convolutions train 1.7 times faster with it."""
+    """bfloat16 where the hardware multiplies it fast (AMX, CUDA), else float32: convolutions train 1.7 times faster with it.
+
+    A model in pieces (`ranks`) keeps no copies of its weights in bfloat16 between a layer's calls: they would add up to a whole one.
+    """
     if torch.cuda.is_available():
-        return torch.autocast("cuda", torch.bfloat16, enabled=wanted)
+        return torch.autocast("cuda", torch.bfloat16, enabled=wanted, cache_enabled=ranks.WORLD == 1)
     return torch.autocast("cpu", torch.bfloat16, enabled=wanted and torch.cpu._is_amx_tile_supported())
 
 
 def finish(folder: Path) -> None:
     """The stage's outputs are written: its resume state may go."""
+    ranks.wait()
     shutil.rmtree(folder, ignore_errors=True)

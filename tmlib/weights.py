@@ -12,8 +12,10 @@ import re
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from .config import UserError, atomic
+from . import ranks
+from .config import RANK, UserError, atomic
 from .hub import read_json, weight_files
 
 SHARD = 5_000_000_000                                       # bytes per safetensors file
@@ -96,8 +98,11 @@ def write_shards(folder, state, max_shard_bytes):
 
 def write_tensors(path, tensors):
     from safetensors.torch import save_file
+    tensors = {n: ranks.whole(t.detach()).contiguous() for n, t in tensors.items()}
+    if RANK:
+        return                                              # rank 0 writes: see `ranks`
     with atomic(path) as temp:
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temp, metadata={"format": "pt"})
+        save_file(tensors, temp, metadata={"format": "pt"})
 
 
 def write_json(path, values):
@@ -128,7 +133,10 @@ def read_config(folder, cls, ours):
 
 
 def load_into(model, folder, dtype=None, device="cpu", optional="audio"):
-    """Give the meta-device `model` its weights; returns the names (all holding `optional`) that the folder lacks, left empty."""
+    """Give the meta-device `model` its weights; returns the names (all holding `optional`) that the folder lacks, left empty.
+
+    A model in pieces (`ranks.shard`) is filled piece by piece: every rank reads the files, and keeps its own part of each tensor.
+    """
     from safetensors import SafetensorError, safe_open
     wanted, found = dict(model.named_parameters()), set()
     for path in weight_files(folder) + [f for f in [folder / AUDIO_FILE] if f.is_file()]:
@@ -155,6 +163,10 @@ def put(model, wanted, name, tensor, dtype, path):
         raise UserError(f"{path}: unexpected weight {name}; is config.json of another model?")
     if tensor.shape != wanted[name].shape:
         raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}")
+    if isinstance(wanted[name], DTensor):
+        with torch.no_grad():
+            wanted[name].copy_(ranks.cut(tensor, wanted[name]))
+        return
     if dtype is not None:
         tensor = tensor.to(torch.float32 if any(part in name for part in FLOAT32) else dtype)
     owner, _, leaf = name.rpartition(".")

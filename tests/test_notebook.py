@@ -12,7 +12,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tmlib import config, notebook
+from tmlib import config, notebook, shadow
 
 LOAD = "from tmlib import config\np = config.load(section, overrides)"
 
@@ -152,3 +152,53 @@ def test_killing_it_kills_the_kernel_and_its_children(house, how):
     assert runner.returncode == (143 if how == "terminated" else -signal.SIGKILL)
     assert not any(map(psutil.pid_exists, pids)) and not (house / "out.ipynb").exists()
     assert (house / "data/scratch/failed/out.ipynb").exists()
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+@pytest.fixture
+def crowd(house):
+    (house / "params.yaml").write_text("common: {seed: 0}\nteacher: {steps: 5, processes: 2}\nablations: {no_dmd: {steps: 1, processes: 3}}\n")
+    return house
+
+
+def test_all_ranks_run_the_cells_and_rank_0_is_kept(crowd, python):
+    source = write(crowd / "toy.ipynb", "from tmlib import ranks\nfound = ranks.agreed([config.RANK, section])",
+                   "config.save_json(config.METRICS / f'toy-{config.RANK}.json', {'n': config.RANK})\nprint('ranks', found)")
+    done = python("-m", "tmlib.notebook", source, crowd / "out.ipynb", TM_ROOT=crowd)
+    assert done.returncode == 0 and "ranks [[0, 'teacher'], [1, 'teacher']]\n" in done.stdout, done.stderr
+    done = python("-m", "tmlib.notebook", source, crowd / "out.ipynb", "--section", "ablations.no_dmd", TM_ROOT=crowd)
+    assert "ranks [[0, 'ablations.no_dmd'], [1, 'ablations.no_dmd'], [2, 'ablations.no_dmd']]\n" in done.stdout, done.stderr
+    assert [p.name for p in config.METRICS.glob("*")] == ["toy-0.json"] and list((crowd / "data/scratch/failed").iterdir()) == []
+
+
+@pytest.mark.parametrize("cell, line", [
+    ("if config.RANK == 1: raise ValueError('no\\nway')\nranks.wait()", "code cell 2: ValueError: no way (in process toy-1, log: "),
+    ("if config.RANK == 1: os._exit(7)\nranks.wait()", "exit 7 (in process toy-1, log: "),
+    ("if config.RANK == 0: raise config.UserError('x.mp4: bad')\nranks.wait()", "error: x.mp4: bad ("),
+])
+def test_a_rank_that_fails_ends_all_in_one_line(crowd, python, cell, line):
+    source = write(crowd / "toy.ipynb", f"import os\nfrom tmlib import ranks\n{cell}")
+    began = time.monotonic()
+    done = python("-m", "tmlib.notebook", source, crowd / "out.ipynb", TM_ROOT=crowd)
+    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert time.monotonic() - began < 60 and not (crowd / "out.ipynb").exists()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(source) in (p.info["cmdline"] or ())]
+
+
+def test_too_few_gpus_are_told(crowd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(config.UserError, match="3 processes, but CUDA_VISIBLE_DEVICES names 2 GPUs"):
+        shadow.start("a.ipynb", {}, 3, str(crowd), crowd)
+
+
+def test_shadows_end_with_their_parent(crowd):
+    source = write(crowd / "toy.ipynb", "import os, time\nprint('pids', os.getppid(), flush=True)\ntime.sleep(60)")
+    runner = subprocess.Popen([sys.executable, "-m", "tmlib.notebook", str(source), str(crowd / "out.ipynb")], env={**os.environ, "TM_ROOT": str(crowd)},
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.path.dirname(os.path.dirname(config.__file__)))
+    next(line for line in runner.stdout if line.startswith("pids"))
+    mine = [p for p in psutil.Process(runner.pid).children(recursive=True)]
+    assert sum("tmlib.shadow" in p.cmdline() for p in mine) == 1
+    runner.send_signal(signal.SIGKILL)
+    runner.communicate(timeout=20)
+    _, alive = psutil.wait_procs([p for p in mine], timeout=10)
+    assert not alive

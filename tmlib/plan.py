@@ -173,9 +173,9 @@ def training_memory(dit, gpus, rows, columns, *, trained=1, averaged=1, frozen=0
                     checkpointing=True, mask="bidirectional") -> dict[str, float]:
     """Bytes per GPU, everything sharded over `gpus` (FSDP, ZeRO-3), with AdamW, by item.
 
-    Weights, gradients, moments and averages rest in float32; a block and the next are gathered, and one block's gradient
-    waits to be scattered, in the precision of computation (`width`). trained, averaged, frozen: models of this size that
-    learn, that keep an EMA, and that only predict (at rest in `width`). graphs: forward passes kept until one backward.
+    As `ranks.shard` does it: weights, gradients, moments and averages rest in float32; a block and the next are gathered, and
+    one block's gradient waits to be scattered, in float32 too. width: bytes of an activation. trained, averaged, frozen: models of
+    this size that learn, that keep an EMA, and that only predict. graphs: forward passes kept until one backward.
     """
     c, count, block = dit.config, parameters(dit), parameters(dit.blocks[0])
     dtype = {4: torch.float32}.get(width, torch.bfloat16)
@@ -186,8 +186,8 @@ def training_memory(dit, gpus, rows, columns, *, trained=1, averaged=1, frozen=0
         "gradients, float32": 4 * count * trained / gpus,
         "AdamW moments, float32": 8 * count * trained / gpus,
         "moving average, float32": 4 * count * averaged / gpus,
-        "frozen weights": width * count * frozen / gpus,
-        "gathered blocks": 3 * block * width,
+        "frozen weights": 4 * count * frozen / gpus,
+        "gathered blocks": 3 * block * 4,
         "activations": graphs * (c.num_layers * stream + one if checkpointing else c.num_layers * one),
     }
 

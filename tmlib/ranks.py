@@ -8,6 +8,7 @@ Every process (a rank) runs the same notebook with the same random numbers, `pyt
 A stage of one process meets none of this.
 """
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -33,6 +34,7 @@ def shard(dit: nn.Module) -> nn.Module:
     """The same model, every tensor cut in WORLD pieces along its first dimension; blocks are computed again for their gradients."""
     if WORLD > 1:
         from torch.distributed.fsdp import fully_shard
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)       # a block's keys are a view, which nobody writes to
         for part in (*dit.blocks, dit):
             fully_shard(part, mesh=mesh())
         dit.gradient_checkpointing = True

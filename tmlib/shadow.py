@@ -22,7 +22,7 @@ def cells(source, injected: dict) -> list[str]:
     for cell in json.loads(Path(source).read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             out.append("".join(cell["source"]))
-            if "parameters" in cell["metadata"].get("tags", ()):
+            if injected and "parameters" in cell["metadata"].get("tags", ()):
                 out.append("\n".join(f"{name} = {value!r}" for name, value in injected.items()))
     return out
 
@@ -50,7 +50,7 @@ def start(source, injected: dict, processes: int, meet: str, logs: Path) -> dict
 def check(others: dict[Path, subprocess.Popen], kernel: threading.Thread, patience: float | None = None) -> None:
     """UserError if one of them failed; rank 0, which mostly fails for the same reason, has five seconds to say it better.
 
-    patience: seconds to wait for their end.
+    patience: seconds to wait for their end, with which their logs go.
     """
     for log, process in others.items():
         if patience is not None:
@@ -63,6 +63,8 @@ def check(others: dict[Path, subprocess.Popen], kernel: threading.Thread, patien
             if kernel.is_alive() or patience is not None:
                 lines = log.read_text(errors="replace").strip().splitlines() or [f"exit {process.returncode}"]
                 raise config.UserError(f"{lines[-1].removeprefix('error: ')} (in process {log.stem}, log: {log})")
+        if patience is not None:
+            log.unlink()
 
 
 def follow_parent() -> None:

@@ -16,7 +16,7 @@ import torch
 from ruamel.yaml import YAML
 from test_conditions import house               # a fixture: UMT5, CLIP and their tokenizer in diffusers' layout
 
-from tmlib import conditions, config, distill, faces, flow, hub, plan, readers, scales, train, videos, wan_vae, wav2vec
+from tmlib import conditions, config, distill, faces, flow, hub, plan, ranks, readers, scales, train, videos, wan_vae, wav2vec
 from tmlib.data import Clips
 from tmlib.dit import VARIANTS, WanDiT
 from tmlib.latents import Latents, encode_split, save_latents
@@ -50,6 +50,19 @@ def test_the_scale_fits_the_model():
     assert [Optim(**o).lr for o in (p.student_optim, p.critic_optim)] == [2e-6, 4e-7]
     sources = {section(s).pretrained for s in ("codec", "readers", "base")}
     assert sources == {"Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"}                             # one download for four parts
+
+
+def test_its_training_fits_its_processes(monkeypatch):
+    """Batches can be dealt, and by arithmetic stages 1 and 2 fit cards of 80 GB, stage 3 cards of 141."""
+    dit = plan.build(section("base").variant)
+    for stage, card in (("base", 80), ("adaptation", 80), ("teacher", 80), ("distillation", 141)):
+        p = section(stage)
+        how = dict(trained=2, frozen=1, graphs=2, mask="sparse_causal") if stage == "distillation" else {}
+        assert sum(plan.training_memory(dit, p.processes, 32, 32, batch=p.at_once, **how).values()) < card * 1e9
+        monkeypatch.setattr(ranks, "WORLD", p.processes)
+        monkeypatch.setattr(ranks, "RANK", p.processes - 1)
+        assert stage == "base" or [len(range(p.batch)[part]) for part in ranks.parts(p.batch, p.at_once)] == [p.at_once] * 8
+    assert {v["processes"] for v in YAML(typ="safe", pure=True).load(scales.scaled_params(ROOT, "wan14b"))["ablations"].values()} == {p.processes}
 
 
 @pytest.mark.slow

@@ -22,15 +22,16 @@ PIPELINE = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
 
 # Who may import whom at the top of a file; everybody may import config. Acyclic by construction: only names further up.
 ALLOWED = {
-    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "notebook": "", "hub": "", "weights": "hub",
+    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "shadow": "", "notebook": "shadow",
+    "ranks": "", "hub": "", "weights": "hub ranks",
     "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
-    "layers": "attention", "dit": "attention flow hub layers weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data vae", "muon": "",
+    "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention weights", "audio": "attention weights",
+    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data vae", "muon": "ranks",
     "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
-    "train": "chain latents losses muon flow sampling",
-    "distill": "chain latents flow losses sampling train", "evaluate": "data latents flow metrics readers sampling",
+    "train": "chain latents losses muon flow ranks sampling",
+    "distill": "chain latents flow losses ranks sampling train", "evaluate": "data latents flow metrics ranks readers sampling",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit flow attention figures metrics placement plan sound stand_in stream", "capacity": "", "robustness": "data speech evaluate metrics sampling latents",
@@ -43,7 +44,7 @@ ALLOWED["faults"] = "latency sound talk"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "plan",
+LIGHT = ["config", "attention", "flow", "layers", "ranks", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "plan",
          "stand_in", "timing", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
 

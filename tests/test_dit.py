@@ -248,6 +248,15 @@ def test_autocast_streams():
 # Audio
 
 @torch.no_grad()
+def test_autocast_leaves_the_time_alone():
+    """As Wan2.1, whose time embedder runs in float32 whatever else does."""
+    embedder = tiny().condition_embedder
+    t = torch.tensor([[999.0], [1000.0]])
+    plain = embedder.time(t, torch.float32)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedder.time(t, torch.float32)[0], plain) and not torch.equal(*plain)
+
+
 def test_without_audio_it_is_the_image_model():
     dit = tiny()
     x, t, given = inputs(dit)

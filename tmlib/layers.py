@@ -85,9 +85,10 @@ class ConditionEmbedder(nn.Module):
         self.image_embedder = ImageEmbedder(c.image_dim, c.dim) if c.image_dim else None
 
     def time(self, t, dtype):
-        """t (B, 1 | F) -> temb (B, 1 | F, D) and the blocks' modulation (B, 1 | F, 6, D)."""
+        """t (B, 1 | F) -> temb (B, 1 | F, D) and the blocks' modulation (B, 1 | F, 6, D). The time itself never in bfloat16, as Wan2.1."""
         w = self.time_embedder.linear_1.weight
-        temb = self.time_embedder(sinusoid(t, self.freq_dim).to(w.dtype)).to(dtype)
+        with torch.autocast("cuda" if w.is_cuda else "cpu", enabled=False):
+            temb = self.time_embedder(sinusoid(t, self.freq_dim).to(w.dtype)).to(dtype)
         return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
 
 

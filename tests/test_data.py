@@ -127,6 +127,7 @@ def test_write_and_read(tmp_path):
         assert {k: clips.meta[i][k] for k in dataclasses.asdict(spec)} == dataclasses.asdict(spec)
         assert clips.wave(i).dtype == np.float32 and clips.phones(i) == []
     assert clips.where(kind="generic").tolist() == [i for i, s in enumerate(todo) if s.kind == "generic"]
+    assert clips.labels([2, 0]) == [todo[2].style, todo[0].style]
     assert clips.where(kind="generic", style="none").tolist() == [] and len(clips.where()) == 3
     again = tmp_path / "again"
     write_split(again, "test", todo, workers=1)

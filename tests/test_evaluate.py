@@ -70,7 +70,8 @@ def test_a_perfect_copy_scores_perfectly(bench):
     out, r, read = evaluate.score(clips.frames, bench, 3)
     np.testing.assert_allclose(read, clips.truth, atol=0.003)
     assert len(r) == 6 and (r > 0.999).all() and out["lip_r"] == pytest.approx(r.mean())
-    assert {"lip_r_lo", "lip_r_hi", "lip_r_flat", "lip_r_line"} <= set(out) and "lip_r_soft3d" not in out
+    assert {"lip_r_lo", "lip_r_hi", "lip_r_flat", "lip_r_line"} <= set(out)
+    assert out.pop("lip_r_soft3d") is None and "no clip" in out.pop("lip_r_soft3d_reason")
     assert out["lip_r_flat"] > 0.999 and out["lip_width_r"] > 0.999 and out["lip_opening_mae"] < 0.003
     assert abs(out["lip_r_shuffled"]) < 0.4 and out["lip_offset_frames"] == 0
     assert out["border_ratio"] == pytest.approx(out["border_ratio_real"]) and out["seam_ratio"] == pytest.approx(out["seam_ratio_real"]) and out["motion_ratio"] == pytest.approx(1)
@@ -114,7 +115,9 @@ def test_other_faults_are_found(bench):
 def test_speech_alone_has_no_silence_scores(bench):
     for m in bench.clips.meta:
         m["kind"] = "speaking"
-    assert not any(k.startswith("listening") for k in evaluate.score(bench.clips.frames, bench, 3)[0])
+    out = evaluate.score(bench.clips.frames, bench, 3)[0]
+    assert {k: v for k, v in out.items() if k.startswith("listening")} == {
+        "listening_opening_mean": None, "listening_opening_mean_reason": "nobody listens in this split"}
 
 
 # ---- videos and losses -------------------------------------------------------------------------

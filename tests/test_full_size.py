@@ -19,7 +19,7 @@ from test_conditions import house               # a fixture: UMT5, CLIP and thei
 from tmlib import conditions, config, distill, faces, flow, hub, plan, ranks, readers, scales, train, videos, wan_vae, wav2vec
 from tmlib.data import Clips
 from tmlib.dit import VARIANTS, WanDiT
-from tmlib.latents import Latents, encode_split, save_latents
+from tmlib.latents import Latents, encode_split
 from tmlib.stream import Streamer
 from tmlib.train import Optim, Player
 
@@ -114,10 +114,9 @@ def world(tmp_path_factory, house):
     patch = pytest.MonkeyPatch()
     patch.setattr(config, "SCRATCH", folder / "scratch")
     told = conditions.load_conditions(models)
-    store = encode_split(Clips(folder / "clips", "train"), wan_vae.load_codec(models), wav2vec.load_speech(models), told,
-                         section("latents", text_dim=16), "train")
+    encode_split(Clips(folder / "clips", "train"), wan_vae.load_codec(models), wav2vec.load_speech(models), told,
+                 section("latents", text_dim=16), folder / "latents.safetensors")
     patch.undo()
-    save_latents(store, folder / "latents.safetensors")
     return folder
 
 
@@ -125,14 +124,15 @@ def test_real_clips_become_what_the_dit_takes(world):
     s = Latents(world / "latents.safetensors").store
     n = 4
     assert {k: tuple(v.shape) for k, v in s.items()} == {
-        "z": (n, 16, 7, 4, 4), "cond": (n, 20, 7, 4, 4), "audio": (n, 7, 32, 32), "image": (n, 257, 16), "text": (n, 512, 16),
+        "z": (n, 16, 7, 4, 4), "cond": (n, 20, 7, 4, 4), "audio": (n, 7, 32, 32), "image": (n, 257, 16), "text": (2, 512, 16), "prompt": (n,),
         "face": (n, 7, 2, 2), "weight": (n, 1, 7, 4, 4)}
     assert all(v.isfinite().all() for v in s.values()) and (s["weight"] == 1).all() and 0 < s["face"].mean() <= 1
     assert torch.equal(s["cond"][:, :4].amax((1, 3, 4)), torch.eye(7)[:1].repeat(n, 1))   # the picture is given on latent 0 alone
     assert (s["cond"][:, 4:, 1:] - s["cond"][:1, 4:, 1:]).abs().max() > 0                  # behind it grey, as its causal codec sees it
     kinds = [m["kind"] for m in Clips(world / "clips", "train").meta]
-    same = [torch.equal(s["text"][0], t) for t in s["text"]]
-    assert same == [k == kinds[0] for k in kinds] and set(kinds) == {"speaking", "listening"}
+    text = Latents(world / "latents.safetensors").batch(torch.arange(n)).text
+    same = [torch.equal(text[0], t) for t in text]
+    assert text.shape == (n, 512, 16) and same == [k == kinds[0] for k in kinds] and set(kinds) == {"speaking", "listening"}
 
 
 def trained(players, steps, folder, name):

@@ -1,13 +1,18 @@
 """latents: prompts, batches, condition dropout, and what a split's file holds."""
 import dataclasses
+import os
+import signal
+import weakref
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_latents
 
-from tmlib import data, latents
+from tmlib import config, data, latents
 from tmlib.config import UserError
 from tmlib.data import box_map, per_latent, to_float
 from tmlib.latents import Batch, Latents
@@ -87,40 +92,123 @@ def test_missing_or_broken_latents_are_told(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_encode_split_by_hand():
-    """Nine clips, so that the last lies in a second group; networks that only relabel what they see."""
-    g = np.random.default_rng(0)
-    n, T = 9, 13
-    corner = g.uniform(0, 24, (n, T, 2))
-    box = np.concatenate([corner, corner + 8], -1).astype(np.float32)
-    meta = [{"style": data.STYLES[i % 3], "kind": ("speaking", "listening", "generic")[i % 3]} for i in range(n)]
-    frames = g.integers(0, 256, (n, T, 32, 32, 3), dtype=np.uint8)
+P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0)
 
-    class Fake:
-        frames, meta, mouth, face = None, None, box, np.tile(np.float32([4, 4, 28, 28]), (n, T, 1))
-        wave = staticmethod(lambda i: np.full(100, i, np.float32))
-        __len__ = lambda self: n
 
-    clips = Fake()
-    clips.frames, clips.meta = frames, meta
-    pooled = lambda video: torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, :, ::4].repeat(1, 6, 1, 1, 1)[:, :16]
-    vae, p = SimpleNamespace(encode=pooled), SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0)
+class FakeClips:
+    """Two batches and a bit of clips, of 13 frames."""
+    n, T = 19, 13
+
+    def __init__(self):
+        g = np.random.default_rng(0)
+        corner = g.uniform(0, 24, (self.n, self.T, 2))
+        self.mouth = np.concatenate([corner, corner + 8], -1).astype(np.float32)
+        self.face = np.tile(np.float32([4, 4, 28, 28]), (self.n, self.T, 1))
+        self.meta = [{"style": data.STYLES[i % 3], "kind": ("speaking", "listening", "generic")[i % 3]} for i in range(self.n)]
+        self.frames = g.integers(0, 256, (self.n, self.T, 32, 32, 3), dtype=np.uint8)
+
+    def __len__(self):
+        return self.n
+
+    def wave(self, i):
+        return np.full(100, i, np.float32)
+
+
+def pooled(video):
+    """Latents by a network that only relabels what it sees."""
+    return torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, :, ::4].repeat(1, 6, 1, 1, 1)[:, :16]
+
+
+def encoded(path, encode=pooled):
+    """A split made by such networks; `encode` is the codec's."""
     encoder = SimpleNamespace(tokens=lambda wave, first, count: torch.full((count, 2, 3), float(wave[0])))
     face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5], prompt=latents.prompt)
-    store = latents.encode_split(clips, vae, encoder, face, p, "x")
-    video = to_float(frames)
-    assert torch.equal(store["z"], pooled(video)) and store["z"].shape == (9, 16, 4, 4, 4)
-    assert torch.equal(store["cond"], i2v_condition(vae, video[:, :, :1], 4, "repeat"))
-    assert torch.equal(store["image"], video[:, :, 0].flatten(2).mT[:, :5])
-    assert store["audio"].shape == (9, 4, 2, 3) and store["audio"][:, 0, 0, 0].tolist() == list(range(9))
-    assert store["face"].shape == (9, 4, 2, 2) and (store["face"] == 1).all()
-    touched = torch.from_numpy(per_latent(box_map(box, 32, 4)))[:, None]
-    assert store["weight"].shape == (9, 1, 4, 4, 4) and torch.equal(store["weight"], torch.where(touched > 0, 4.0, 1.0))
+    latents.encode_split(FakeClips(), SimpleNamespace(encode=encode), encoder, face, P, path)
+    return path
+
+
+def test_encode_split_by_hand(tmp_path):
+    split, clips, n = Latents(encoded(tmp_path / "made" / "x.safetensors")), FakeClips(), FakeClips.n
+    b, video = split.batch(torch.arange(n)), to_float(clips.frames)
+    assert len(split) == n and torch.equal(b.z, pooled(video)) and b.z.shape == (n, 16, 4, 4, 4)
+    assert torch.equal(b.cond, i2v_condition(SimpleNamespace(encode=pooled), video[:, :, :1], 4, "repeat"))
+    assert torch.equal(b.image, video[:, :, 0].flatten(2).mT[:, :5])
+    assert b.audio.shape == (n, 4, 2, 3) and b.audio[:, 0, 0, 0].tolist() == list(range(n))
+    assert b.face.shape == (n, 4, 2, 2) and (b.face == 1).all()
+    touched = torch.from_numpy(per_latent(box_map(clips.mouth, 32, 4)))[:, None]
+    assert b.weight.shape == (n, 1, 4, 4, 4) and torch.equal(b.weight, torch.where(touched > 0, 4.0, 1.0))
     assert 0 < touched.mean() < 1
-    for i, mode in enumerate(("speaking", "listening", None)):
-        assert torch.equal(store["text"][i], latents.prompt(data.STYLES[i], mode, 10))
+    for i, text in enumerate(b.text):
+        assert torch.equal(text, latents.prompt(data.STYLES[i % 3], ("speaking", "listening", None)[i % 3], 10))
+    assert split.store["text"].shape == (3, 3, 10)                       # each prompt once
+    few = split.first(2)
+    assert len(few) == 2 and torch.equal(few.batch([1, 0]).text, b.text[[1, 0]]) and len(split) == n
     Batch(*[None] * 7)                                                   # the order of fields that `Latents.batch` relies on
     assert [f.name for f in dataclasses.fields(Batch)] == ["z", "cond", "audio", "face", "weight", "text", "image"]
+
+
+def test_the_file_is_the_one_that_safetensors_writes(tmp_path):
+    path = encoded(tmp_path / "x.safetensors")
+    save_file(load_file(path), tmp_path / "theirs.safetensors")
+    assert path.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    half = {"a": torch.randn(3, 5).bfloat16(), "b": torch.arange(7), "c": torch.randn(2, 2)}
+    head, at = latents.layout({k: v.to("meta") for k, v in half.items()})
+    save_file(half, path)
+    theirs = path.read_bytes()
+    assert theirs.startswith(head) and all(theirs[at[k]:at[k] + v.nbytes] == bytes(v.view(torch.uint8).flatten().tolist()) for k, v in half.items())
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_split_that_was_killed_goes_on_to_the_same_bytes(tmp_path, batches):
+    """kill -9 as the codec is about to see batch `batches`, counted from 0; then once more, and nothing is encoded twice."""
+    seen = []
+
+    def dies(video):
+        if video.shape[2] > 1 and len(seen) == batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.extend([len(video)] if video.shape[2] > 1 else [])
+        return pooled(video)
+
+    def counts(video):
+        seen.extend([len(video)] if video.shape[2] > 1 else [])
+        return pooled(video)
+
+    path, whole = tmp_path / "x.safetensors", encoded(tmp_path / "whole.safetensors").read_bytes()
+    child = get_context("fork").Process(target=encoded, args=(path, dies))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not path.exists()
+    encoded(path, counts)
+    assert seen == [8, 8, 3][batches:] and path.read_bytes() == whole
+    encoded(path, counts)
+    assert len(seen) == 3 - batches and sorted(p.name for p in tmp_path.iterdir()) == ["whole.safetensors", "x.safetensors"]
+
+
+def test_memory_holds_one_batch(tmp_path):
+    alive, most = [], []
+
+    def watched(video):
+        most.append(sum(ref() is not None for ref in alive))
+        z = pooled(video)
+        alive.append(weakref.ref(z))
+        return z
+
+    encoded(tmp_path / "x.safetensors", watched)
+    assert len(alive) == 6 and max(most) <= 2                            # the batch before, and this one's latents beside its condition
+
+
+def test_other_inputs_are_other_work(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("clips/a", "model"):
+        (tmp_path / name).write_text("x")
+    inputs = tmp_path / "clips", tmp_path / "model"
+    mine = latents.work_folder(P, *inputs)
+    assert mine == latents.work_folder(P, *inputs) and mine.parent == config.SCRATCH
+    assert latents.work_folder(SimpleNamespace(**vars(P), more=1), *inputs) != mine
+    for name in ("clips/a", "model"):
+        before = latents.work_folder(P, *inputs)
+        os.utime(tmp_path / name, (1, 1))
+        assert latents.work_folder(P, *inputs) != before, name
 
 
 # ---- the prior ---------------------------------------------------------------------------------

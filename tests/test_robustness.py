@@ -1,4 +1,6 @@
 """robustness: the same faces and timbres in harder company, and nothing of it left behind."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,18 @@ def test_split_stands_for_one_on_disk(plain):
     split = Split(plain)
     assert len(split) == 5 and np.array_equal(split.wave(2), plain[2].wave) and split.frames.shape == (5, 81, 64, 64, 3)
     assert Split(plain, ["a"] * 5).wave(1) == "a" and {m["kind"] for m in split.meta} == {"speaking"}
+
+
+def test_real_clips_that_speak_are_taken_as_they_are(plain, tmp_path):
+    """Their sound is not silenced or said anew; their style is not one of ours."""
+    kinds = ("listening", "speaking", "speaking", "listening", "speaking")
+    real = (replace(c, voice="", phones=[]) for c in plain)
+    data.save_split(tmp_path, "test", 5, ((c, {"kind": kind, "style": None, "fps": 16}) for c, kind in zip(real, kinds)))
+    clips = data.Clips(tmp_path, "test")
+    split = Split(robustness.recorded(clips, 2))
+    assert len(split) == 2 and {m["style"] for m in split.meta} == {None}
+    for i, k in enumerate((1, 2)):
+        assert np.array_equal(split.frames[i], plain[k].frames) and np.array_equal(split.wave(i), clips.wave(k))
+        assert all(np.array_equal(getattr(split, name)[i], getattr(plain[k], name)) for name in ("truth", "mouth", "face"))
+    assert len(robustness.recorded(clips, 9)) == 3
+    assert [m["style"] for m in Split(plain).meta] == ["flat", "line", "soft3d", "flat", "line"]

@@ -53,7 +53,7 @@ def test_splits_are_those_that_training_reads(few, tmp_path):
         ("anna/1.mp4", 0.0, "speaking"), ("anna/1.mp4", 9 / 16, "speaking"), ("anna/2.MOV.mp4", 0.0, "listening")]
     assert len({m["identity"] for m in anna.meta}) == 1 and anna.frames.shape == (3, 9, 64, 64, 3) and anna.wave(0).shape == (9000,)
     assert anna.truth.shape == (3, 9, 3) and anna.mouth.shape == anna.face.shape == (3, 9, 4) and anna.phones(0) == []
-    assert anna.examples() == [0, 1]                                                       # real people have no styles of ours
+    assert anna.examples() == [0, 1] and anna.labels([1, 0]) == ["clip 1", "clip 0"]      # real people have no styles of ours
     unusable = json.loads((tmp_path / "clips" / "unusable.json").read_text())["unusable"]
     assert [(u["video"], u["reason"]) for u in unusable] == [("cleo.mp4", "no sound"), ("notes.mp4", "not a video that can be read")]
     assert list((tmp_path / "scratch").iterdir()) == []
@@ -98,6 +98,20 @@ def test_wrong_folders_say_so_in_a_line(few, tmp_path):
     assert "no sound" in (tmp_path / "out" / "unusable.json").read_text()                  # the reason is there all the same
     videos.collect(tmp_path / "in", tmp_path / "out", S, {"train": 1.0}, 1, tmp_path / "scratch")
     assert len(Clips(tmp_path / "out", "train")) == 1
+
+
+def test_too_few_who_speak_are_told_before_anything_is_lost(few, tmp_path):
+    """anna speaks twice, in one video; ben once. What was cut waits for more videos."""
+    out, scratch = tmp_path / "clips", tmp_path / "scratch"
+    with pytest.raises(UserError, match=r"speaks in [12] clips of the split test, which needs 3; add videos, .*data.shares") as told:
+        videos.collect(few, out, S, HALVES, 1, scratch, judged=("test",))
+    assert "\n" not in str(told.value) and not (out / "test").exists() and len(list(scratch.iterdir())) == 5
+    before = {p: p.stat().st_mtime_ns for p in scratch.glob("*/part.json")}
+    with pytest.raises(UserError, match="needs 3"):
+        videos.collect(few, out, S, HALVES, 1, scratch, judged=("test",))
+    assert {p: p.stat().st_mtime_ns for p in scratch.glob("*/part.json")} == before        # nothing was cut again
+    videos.collect(few, out, S, {"test": 1.0}, 1, scratch, judged=("test",))               # everybody: three
+    assert len(Clips(out, "test").examples()) == 3
 
 
 def test_parameters_of_the_pipeline(root):

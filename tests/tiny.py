@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import torch
 
-from tmlib.latents import Latents, save_latents
 from tmlib.dit import WanDiT
+from tmlib.latents import Latents
 
 WAN_VAE = dict(base_dim=8, num_res_blocks=0)                # an AutoencoderKLWan, as shallow as it can be
 
@@ -26,12 +26,13 @@ def make_dit(seed=0, **overrides):
 
 def make_latents(folder, n=4, frames=6, side=4, seed=0):
     """A split of n clips of random latents and conditions, as `encode_split` writes it."""
+    from safetensors.torch import save_file
     g = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=g)
     store = {"z": randn(n, 16, frames, side, side), "cond": randn(n, 20, frames, side, side), "audio": randn(n, frames, 4, 6),
-             "image": randn(n, 3, 12), "text": randn(n, 3, 10), "face": torch.rand(n, frames, side // 2, side // 2, generator=g),
+             "image": randn(n, 3, 12), "text": randn(n, 3, 10), "prompt": torch.arange(n), "face": torch.rand(n, frames, side // 2, side // 2, generator=g),
              "weight": 1 + 3 * torch.rand(n, 1, frames, side, side, generator=g)}
-    save_latents(store, folder / "latents.safetensors")
+    save_file(store, folder / "latents.safetensors")
     return Latents(folder / "latents.safetensors")
 
 

@@ -142,21 +142,21 @@ def write_split(folder: Path, name: str, todo: list[Spec], workers: int) -> dict
 
 def save_split(folder: Path, name: str, n: int, made: Iterable[tuple[Clip, dict]]) -> dict:
     """Writes n clips, each with what it is made from: frames.npy (n, T, H, W, 3) uint8, wave.npy (n, samples) int16, truth.npz,
-    clips.json. One clip's frames are in memory at a time. Returns how much it is."""
+    clips.json. One clip's frames and sound are in memory at a time. Returns how much it is."""
     progress = Progress(n, f"clips {name}")
     with atomic(Path(folder) / name) as tmp:
         tmp.mkdir()
-        frames, rest, meta = None, {k: [] for k in ("wave", "truth", "speaking", "mouth", "face")}, []
+        frames, wave, rest, meta = None, None, {k: [] for k in ("truth", "speaking", "mouth", "face")}, []
         for i, (clip, source) in enumerate(made):
             if frames is None:
                 frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (n, *clip.frames.shape))
-            frames[i] = clip.frames
+                wave = np.lib.format.open_memmap(tmp / "wave.npy", "w+", np.int16, (n, *clip.wave.shape))
+            frames[i], wave[i] = clip.frames, (np.clip(clip.wave, -1, 1) * 32767).astype(np.int16)
             for k, v in rest.items():
                 v.append(getattr(clip, k))
             meta.append({**source, "voice": clip.voice, "phones": clip.phones})
             progress.step()
-        frames.flush()
-        np.save(tmp / "wave.npy", (np.clip(np.stack(rest.pop("wave")), -1, 1) * 32767).astype(np.int16))
+        frames.flush(), wave.flush()
         np.savez(tmp / "truth.npz", **{k: np.stack(v) for k, v in rest.items()})
         (tmp / "clips.json").write_text(json.dumps(meta))
     return {"clips": n, "seconds": sum(len(s) / m["fps"] for s, m in zip(rest["speaking"], meta)),
@@ -202,6 +202,10 @@ class Clips:
         first = [self.where(style=style, kind="speaking")[:1] for style in STYLES]
         found = np.concatenate(first if all(map(len, first)) else [self.where(kind="speaking")[:len(STYLES)]])
         return found.tolist()
+
+    def labels(self, rows: Iterable[int]) -> list[str]:
+        """Each row's style, or of a real clip its number: what it was cut from stands in clips.json."""
+        return [self.meta[i]["style"] or f"clip {i}" for i in rows]
 
 
 def to_float(frames) -> Tensor:

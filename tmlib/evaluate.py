@@ -67,8 +67,8 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
     out["lip_opening_mae"] = float(np.abs(got - truth).mean())
     for style in STYLES:
         of_style = np.isin(speaking, clips.where(style=style))
-        if of_style.any():
-            out |= metrics.interval(f"lip_r_{style}", r[of_style])
+        absent = {f"lip_r_{style}": None, f"lip_r_{style}_reason": "no clip of this style"}              # real ones have none
+        out |= metrics.interval(f"lip_r_{style}", r[of_style]) if of_style.any() else absent
     return out, r
 
 
@@ -77,7 +77,7 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
     clips = bench.clips
     listening, speaking = clips.where(kind="listening"), clips.where(kind="speaking")
     if not len(listening):
-        return {}
+        return {"listening_opening_mean": None, "listening_opening_mean_reason": "nobody listens in this split"}
     bias = float(bench.read(clips.frames[listening])[..., 0].mean())
     quiet, loud = float(read[listening, :, 0].mean()), float(read[speaking, :, 0].mean())
     moved = lambda v: float(metrics.frame_difference(v).mean())

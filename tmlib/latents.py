@@ -1,4 +1,7 @@
 """What the DiT trains on: latents, conditions and tokens of whole splits, and the batches cut from them."""
+import hashlib
+import json
+import os
 import zlib
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Progress, UserError, atomic
+from .config import SCRATCH, Progress, UserError, atomic
 from .data import Clips, box_map, per_latent, to_float
 from .vae import i2v_condition
 
@@ -62,40 +65,93 @@ class Batch:
         return {"text": self.text, "image": self.image, "audio": self.audio, "audio_mask": self.face}
 
 
-@torch.no_grad()
-def encode_split(clips: Clips, vae, encoder, conditions, p, what: str) -> dict[str, Tensor]:
-    """Everything a `Batch` is cut from, for a whole split, once; p: condition (see `vae.i2v_condition`), text_dim, mouth_weight.
+# -------------------------------------------------------------------------------------------------------- to disk
+TOGETHER = 8                                     # clips encoded at once: the last bits of latents depend on it
+MODES = {"speaking": "speaking", "listening": "listening", "generic": None}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}          # safetensors' names
 
-    vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`, `conditions.load_conditions`).
+
+def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
+    """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
+
+    vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight.
+    A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the two files that it left beside
+    `path`, to the same bytes.
     """
+    half, mark, n = path.with_suffix(".half"), path.with_suffix(".done"), len(clips)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = int(mark.read_text()) if half.exists() and mark.exists() else 0
+        told, progress = prompts(clips.meta, conditions, p.text_dim), Progress(n, f"encode {path.stem}", start=start)
+        with open(half, "r+b" if start else "wb") as file:
+            for lo in range(start, n, TOGETHER):
+                part = encode(clips, range(lo, min(lo + TOGETHER, n)), vae, encoder, conditions, p)
+                head, at = layout({k: v.new_empty(n, *v.shape[1:], device="meta") for k, v in part.items()} | told)
+                if lo == 0:
+                    file.write(head)
+                for k, v in {**part, **({} if lo else told)}.items():
+                    file.seek(at[k] + lo * v[0].nbytes)
+                    file.write(v.contiguous().view(torch.uint8).numpy())
+                file.flush()
+                os.fsync(file.fileno())
+                with atomic(mark) as temporary:
+                    temporary.write_text(str(lo + TOGETHER))
+                progress.step(len(part["z"]))
+        os.replace(half, path)
+    mark.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def encode(clips: Clips, index: range, vae, encoder, conditions, p) -> dict[str, Tensor]:
+    """All but the text of a few clips one behind the other."""
     T, size = clips.frames.shape[1:3]
-    n_latent = (T - 1) // 4 + 1
-    out = {k: [] for k in ("z", "cond", "audio", "image")}
-    progress = Progress(len(clips), f"encode {what}")
-    for lo in range(0, len(clips), 8):
-        video = to_float(clips.frames[lo:lo + 8])
-        out["z"].append(vae.encode(video).cpu())
-        out["cond"].append(i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu())
-        out["image"].append(conditions.tokens(video[:, :, 0]))
-        out["audio"] += [encoder.tokens(clips.wave(i), 0, n_latent)[None].cpu() for i in range(lo, min(lo + 8, len(clips)))]
-        progress.step(len(video))
-    store = {k: torch.cat(v) for k, v in out.items()}
-    cells = store["z"].shape[-1]
-    store["face"] = torch.from_numpy(per_latent(box_map(clips.face, size, cells // 2)))
-    store["weight"] = 1 + (p.mouth_weight - 1) * torch.from_numpy(per_latent(box_map(clips.mouth, size, cells)))[:, None]
-    mode = {"speaking": "speaking", "listening": "listening", "generic": None}
-    store["text"] = torch.stack([conditions.prompt(m["style"], mode[m["kind"]], p.text_dim) for m in clips.meta])
-    return store
+    n_latent, some = (T - 1) // 4 + 1, slice(index.start, index.stop)
+    video = to_float(clips.frames[some])
+    z = vae.encode(video).cpu()
+    touched = lambda boxes, cells: torch.from_numpy(per_latent(box_map(boxes[some], size, cells)))
+    return {"z": z, "cond": i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu(),
+            "image": conditions.tokens(video[:, :, 0]),
+            "audio": torch.stack([encoder.tokens(clips.wave(i), 0, n_latent).cpu() for i in index]),
+            "face": touched(clips.face, z.shape[-1] // 2), "weight": 1 + (p.mouth_weight - 1) * touched(clips.mouth, z.shape[-1])[:, None]}
 
 
-def save_latents(store: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-    with atomic(path) as tmp:
-        save_file({k: v.contiguous() for k, v in store.items()}, tmp)
+def prompts(meta: list[dict], conditions, dim: int) -> dict[str, Tensor]:
+    """text (prompts, tokens, dim): each prompt of a split once, for it has 8 MB at full size; prompt (n,): which of them is a clip's."""
+    said = [(m["style"], MODES[m["kind"]]) for m in meta]
+    each = list(dict.fromkeys(said))
+    text = torch.stack([conditions.prompt(*words, dim) for words in each])
+    return {"text": text, "prompt": torch.tensor([each.index(words) for words in said])}
+
+
+def layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file of these tensors begins with (a length, then JSON), and where in the file each tensor does.
+
+    Only their shapes and types matter: they may be on the device `meta`.
+    """
+    head, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):        # safetensors' own order
+        x, begin = tensors[name], end
+        end = begin + x.nbytes
+        head[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)                                                       # so that tensors are aligned
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + x["data_offsets"][0] for name, x in head.items()}
+
+
+def work_folder(p, *inputs: Path) -> Path:
+    """Where splits wait for one another: another folder for other parameters, other code, or other inputs, files or folders of files.
+
+    Those are known by their sizes and times of change: a split's pictures are terabytes at full size, too much to read for a name.
+    """
+    code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    files = [path for given in inputs for path in (sorted(given.iterdir()) if given.is_dir() else [given])]
+    known = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return SCRATCH / f"latents-{hashlib.sha256(repr((vars(p), known, code)).encode()).hexdigest()[:12]}"
 
 
 class Latents:
-    """One split's latents and tokens in memory; `batch(index)` cuts a `Batch`."""
+    """One split's latents and tokens; `batch(index)` cuts a `Batch`. The file is mapped: only what is cut is read."""
 
     def __init__(self, path: Path):
         from safetensors.torch import load_file
@@ -110,12 +166,12 @@ class Latents:
         return len(self.store["z"])
 
     def batch(self, index) -> Batch:
-        s = {k: v[index] for k, v in self.store.items()}
-        return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], s["text"], s["image"])
+        s = {k: v[index] for k, v in self.store.items() if k != "text"}
+        return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], self.store["text"][s["prompt"]], s["image"])
 
     def first(self, n: int) -> "Latents":
         part = copy(self)
-        part.store = {k: v[:n] for k, v in self.store.items()}
+        part.store = {k: v if k == "text" else v[:n] for k, v in self.store.items()}
         return part
 
     def spread(self) -> list[list[float]]:

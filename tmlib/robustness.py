@@ -1,12 +1,14 @@
 """Harder company for a trained student: foreign accents, other rates of speech, a crowd behind the speaker (N1)."""
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from . import data, evaluate, metrics, sampling, speech
-from .config import SCRATCH, UserError
+from .config import UserError
 from .data import STYLES, Clip
-from .latents import Latents, encode_split, save_latents
+from .latents import Latents, encode_split
 
 
 class Split:
@@ -16,7 +18,7 @@ class Split:
         for name in ("frames", "truth", "mouth", "face"):
             setattr(self, name, np.stack([getattr(c, name) for c in clips]))
         self.waves = waves or [c.wave for c in clips]
-        self.meta = [{"style": STYLES[i % 3], "kind": "speaking"} for i in range(len(clips))]
+        self.meta = [{"style": STYLES[i % 3] if c.voice else None, "kind": "speaking"} for i, c in enumerate(clips)]
 
     def __len__(self) -> int:
         return len(self.meta)
@@ -45,6 +47,12 @@ def clips(n: int, kind: str, voices: list, sentences: list[str], **shape) -> lis
     return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i, **shape), (voices, sentences)) for i in range(n)]
 
 
+def recorded(split: data.Clips, n: int) -> list[Clip]:
+    """The first n of a split of real videos in which somebody speaks."""
+    some = split.where(kind="speaking")[:n]
+    return [Clip(split.frames[i], split.wave(i), split.truth[i], split.speaking[i], split.mouth[i], split.face[i], [], "") for i in some]
+
+
 def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
     """Each clip's sound with three other people talking behind it, `snr_db` below the speaker."""
     rms = lambda w: np.sqrt(np.mean(w ** 2)) + 1e-9
@@ -56,9 +64,8 @@ def lip_r(split: Split, student, models, p, how, what: str) -> np.ndarray:
     """Lip r of the streamed student on every clip (n,). models: (vae, speech encoder, conditions, lip reader, face encoder);
     p: the student's steps, shift, chunk, cache; how: the parameters of `encode_split`."""
     vae, encoder, told, lips, face = models
-    path = SCRATCH / f"robustness-{what}.safetensors"
-    save_latents(encode_split(split, vae, encoder, told, how, what), path)
-    bench = evaluate.Bench(split, Latents(path), vae, lips, face)
-    path.unlink()
+    with TemporaryDirectory() as folder:
+        encode_split(split, vae, encoder, told, how, path := Path(folder) / f"{what}.safetensors")
+        bench = evaluate.Bench(split, Latents(path), vae, lips, face)
     video = bench.videos(lambda batch, index: sampling.student(student, batch, index, p), 12, what)
     return metrics.lip_r(bench.read(video)[..., 0], split.truth[..., 0])

@@ -27,17 +27,18 @@ import numpy as np
 
 from . import config, faces, footage
 from .config import Progress, UserError, atomic
-from .data import Clip, save_split
+from .data import STYLES, Clip, save_split
 from .footage import Settings
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 ARRAYS = ("frames", "wave", "truth", "speaking", "mouth", "face")
 
 
-def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, scratch) -> dict[str, dict]:
+def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, scratch, judged: tuple[str, ...] = ()) -> dict[str, dict]:
     """Clips of all videos below `folder`, as splits below `out`, and out/unusable.json; returns how much each split holds.
 
     shares: split -> share of the people. scratch: where finished videos wait for the others; emptied at the end.
+    judged: splits on which lips are scored, and which must hold some that speak; too few, and UserError, with nothing lost.
     """
     folder, out, scratch = Path(folder).expanduser(), Path(out), Path(scratch)
     names = listing(folder)
@@ -53,9 +54,11 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
     reasons = [{"video": name, **why} for name in names for why in found[name]["unusable"]]
     config.save_json(out / "unusable.json", {"unusable": reasons})
     split = divide(sorted({person(name) for name in names if found[name]["clips"]}), shares, folder)
+    whose = {each: [name for name in names if split.get(person(name)) == each and found[name]["clips"]] for each in shares}
+    for each in judged:
+        enough([clip for name in whose[each] for clip in found[name]["clips"]], each, folder)
     numbers = {}
-    for each in shares:
-        mine = [name for name in names if split.get(person(name)) == each and found[name]["clips"]]
+    for each, mine in whose.items():
         n = sum(len(found[name]["clips"]) for name in mine)
         made = (clip for name in mine for clip in stored(parts[name], found[name]["clips"], name, each, s))
         numbers[each] = save_split(out, each, n, made)
@@ -97,6 +100,13 @@ def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[st
     ends = np.round(np.cumsum(list(shares.values())) / sum(shares.values()) * len(order)).astype(int)
     ends = np.clip(np.maximum.accumulate(ends - before), 1, len(order) - before[-1]) + before
     return {name: split for split, lo, hi in zip(shares, [0, *ends], ends) for name in order[lo:hi]}
+
+
+def enough(metas: list[dict], split: str, folder: Path) -> None:
+    speak = sum(meta["kind"] == "speaking" for meta in metas)
+    if speak < len(STYLES):                                                   # as many are shown, and scored with intervals
+        raise UserError(f"{folder}: somebody speaks in {speak} clips of the split {split}, which needs {len(STYLES)}; add videos, or give it "
+                        "a larger share (data.shares in params.yaml); what is cut already is kept")
 
 
 # ---------------------------------------------------------------------------------------------------- video by video

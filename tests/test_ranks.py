@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_dit, make_latents
 
 from tmlib import config, latency, ranks
 from tmlib.config import ROOT, UserError, atomic
-from tmlib.latents import save_latents
 from tmlib.weights import weight_files
 
 JOB = Path(__file__).with_name("ranks_job.py")
@@ -52,7 +51,7 @@ def weights(folder):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     latents = make_latents(folder)
-    save_latents(latents.store | {"weight": torch.ones_like(latents.store["weight"])}, folder / "latents.safetensors")     # parts weigh their own clips
+    save_file(latents.store | {"weight": torch.ones_like(latents.store["weight"])}, folder / "latents.safetensors")     # parts weigh their own clips
     make_dit().save_pretrained(folder / "start")
     latency.without_sound(make_dit(5)).save_pretrained(folder / "bare")
     codes, said = run(folder, folder / "alone", 1)

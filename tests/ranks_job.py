@@ -1,6 +1,6 @@
 """What `test_ranks` runs on one process and on two:  python tests/ranks_job.py FOLDER OUT [--die STEP]
 
-Stage 1 with audio and Muon, stage 3 with its two players, the streamed student and a loss of clips; all of it into OUT.
+A split's latents, stage 1 with audio and Muon, stage 3 with its two players, the streamed student and a loss of clips; all of it into OUT.
 FOLDER: latents.safetensors and a model `start`. --die: end of this process, at once, in the middle of that training step.
 """
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from test_latents import encoded
 from tiny import distillation
 
 from tmlib import config, distill, evaluate, ranks, sampling, train
@@ -26,6 +27,9 @@ config.seed_everything(0, 1)
 latents, state = Latents(args.folder / "latents.safetensors"), args.out / "state"
 load = lambda: WanDiT.from_pretrained(args.folder / "start")
 optim = Optim(1e-3, muon=1e-3, warmup=1, ema=0.9)
+
+# Latents: three batches of clips, dealt
+encoded(args.out / "split.safetensors")
 
 # Stage 1: one player, in parts; a new audio path is initialised alike on all
 dit = WanDiT.from_pretrained(args.folder / "bare", audio_dim=6, audio_width=16, audio_hidden=24)

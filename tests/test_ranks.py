@@ -67,13 +67,14 @@ def together(world):
 
 
 def test_two_processes_are_one(world, together):
-    """Weights, logs, generated latents and losses; only rank 0's files are there, and no state is left."""
+    """Latents, weights, logs, generated clips and losses; only rank 0's files are there, and no state is left."""
     close(json.loads((together / "numbers.json").read_text()), json.loads((world / "alone" / "numbers.json").read_text()))
     for model in ("one", "two"):
         ours, theirs = weights(together / model), weights(world / "alone" / model)
         assert ours.keys() == theirs.keys()
         for name, w in ours.items():
             torch.testing.assert_close(w, theirs[name], atol=2e-4, rtol=1e-3, msg=lambda m: f"{model} {name}: {m}")
+    assert (together / "split.safetensors").read_bytes() == (world / "alone" / "split.safetensors").read_bytes()
     files = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files(together) == files(world / "alone")
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data vae", "muon": "ranks",
+    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data ranks vae", "muon": "ranks",
     "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow ranks sampling",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ranks
 from .config import SCRATCH, Progress, UserError, atomic
 from .data import Clips, box_map, per_latent, to_float
 from .vae import i2v_condition
@@ -76,16 +77,17 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
     `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight.
-    A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the two files that it left beside
-    `path`, to the same bytes.
+    A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
+    `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
     """
-    half, mark, n = path.with_suffix(".half"), path.with_suffix(".done"), len(clips)
+    half, mark, n = path.with_suffix(".half"), path.with_suffix(f".done-{ranks.RANK}-of-{ranks.WORLD}"), len(clips)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        start = int(mark.read_text()) if half.exists() and mark.exists() else 0
-        told, progress = prompts(clips.meta, conditions, p.text_dim), Progress(n, f"encode {path.stem}", start=start)
-        with open(half, "r+b" if start else "wb") as file:
-            for lo in range(start, n, TOGETHER):
+        mine = range(ranks.RANK * TOGETHER, n, ranks.WORLD * TOGETHER)
+        done = int(mark.read_text()) if half.exists() and mark.exists() else 0            # of my batches
+        told, progress = prompts(clips.meta, conditions, p.text_dim), Progress(len(mine), f"encode {path.stem}", start=done)
+        with os.fdopen(os.open(half, os.O_RDWR | os.O_CREAT), "r+b") as file:
+            for lo in mine[done:]:
                 part = encode(clips, range(lo, min(lo + TOGETHER, n)), vae, encoder, conditions, p)
                 head, at = layout({k: v.new_empty(n, *v.shape[1:], device="meta") for k, v in part.items()} | told)
                 if lo == 0:
@@ -95,10 +97,13 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
                     file.write(v.contiguous().view(torch.uint8).numpy())
                 file.flush()
                 os.fsync(file.fileno())
-                with atomic(mark) as temporary:
-                    temporary.write_text(str(lo + TOGETHER))
-                progress.step(len(part["z"]))
-        os.replace(half, path)
+                progress.step()
+                with atomic(mark, every_rank=True) as temporary:
+                    temporary.write_text(str(progress.done))
+        ranks.wait()
+        if not ranks.RANK:
+            os.replace(half, path)
+        ranks.wait()
     mark.unlink(missing_ok=True)
 
 

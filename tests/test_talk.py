@@ -9,6 +9,7 @@ import tracemalloc
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_media import write_wav
 
@@ -86,15 +87,22 @@ def test_memory_does_not_grow_with_the_speech(tmp_path):
     assert peak(60) < peak(4) + 200_000                         # 60 s of frames alone would be 737 kB
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_told():
+    with pytest.raises(UserError, match="device cuda: this machine has no such GPU"):
+        talk.load_models(talk.config.DATA / "demo", "cuda")
+
+
 def test_command_makes_the_video_and_passes_its_options(files, capsys):
     asked = {}
 
     def load(folder, **options):
         asked.update(options, folder=folder)
         return fake(in_world=False)
-    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2", "--placement", "overlap"]
+    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2", "--placement", "overlap", "--device", "cpu"]
     assert talk.main(command(files, *options), load) == 0
-    assert asked == {"folder": files / "models", "seed": 7, "steps": 4, "cache": "clean_pass", "prompt": "flat", "placement": "overlap"}
+    assert asked == {"folder": files / "models", "seed": 7, "steps": 4, "cache": "clean_pass", "prompt": "flat", "placement": "overlap",
+                     "device": "cpu"}
     with av.open(str(files / "out.mp4")) as video:
         assert (video.streams.video[0].frames, video.streams.video[0].width) == (41, 32)
     said = capsys.readouterr()

@@ -85,8 +85,8 @@ class Models:
     how: dict
 
 
-def load_models(folder: Path) -> Models:
-    """Everything that a stream needs. Raises UserError naming the file that is missing or does not fit."""
+def load_models(folder: Path, device: str = "cpu") -> Models:
+    """Everything that a stream needs, the DiT on `device`: in float32 on a CPU, else in bfloat16. UserError names a file that is missing or unfit."""
     import torch
 
     from . import readers
@@ -96,7 +96,9 @@ def load_models(folder: Path) -> Models:
     from .wav2vec import load_speech
     folder = Path(folder)
     lips, face = readers.load_readers(folder)
-    dit = WanDiT.from_pretrained(folder / "student", dtype=torch.float32).eval().requires_grad_(False)
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {device}: this machine has no such GPU, or torch was installed without CUDA; use cpu")
+    dit = WanDiT.from_pretrained(folder / "student", torch.float32 if device == "cpu" else torch.bfloat16, device).eval().requires_grad_(False)
     how = config.load_json(folder / "student" / "stream.json")
     return Models(dit, load_codec(folder), load_speech(folder), lips, face, load_conditions(folder), how)
 
@@ -108,12 +110,12 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
 
 
-def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial") -> Talker:
+def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial", device: str | None = None) -> Talker:
     """Models of a folder, set up for streaming."""
     import torch
 
     from . import data
-    m = load_models(folder)
+    m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     streamer = make_streamer(m, steps, cache, seed, placement)
     text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
@@ -137,6 +139,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")
     add("--placement", choices=("serial", "overlap", "two_device", "two_process"), default="serial",
         help="where picture and decoder run, see tmlib/placement.py; the frames are the same (default serial)")
+    add("--device", choices=("cpu", "cuda"), help="where the DiT runs (default: a GPU if there is one)")
     add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
     return parser
 
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Talker] = _load) -> 
     wave = media.read_audio(args.speech, *SECONDS)
     media.read_image(args.face, 64)             # a bad picture should not wait for the models
     print(f"models: {folder}", flush=True)
-    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement)
+    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement, device=args.device)
     image = media.read_image(args.face, talker.size)
     if not talker.in_world(image):
         print(f"warning: {args.face}: unlike the faces these models know; the video may look strange", file=sys.stderr)

@@ -73,7 +73,7 @@ def test_metrics_say_where_they_come_from(house):
         values = json.loads(path.read_text())
         assert "per_clip" in path.parts or values["scale"] == "smoke", path
     page = (house / "reports" / "index.html").read_text()
-    assert "C11" in page and "student_flat.mp4" in page
+    assert "C11" in page and "student_1.mp4" in page
 
 
 @pytest.mark.slow

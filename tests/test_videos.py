@@ -103,11 +103,11 @@ def test_wrong_folders_say_so_in_a_line(few, tmp_path):
 def test_too_few_who_speak_are_told_before_anything_is_lost(few, tmp_path):
     """anna speaks twice, in one video; ben once. What was cut waits for more videos."""
     out, scratch = tmp_path / "clips", tmp_path / "scratch"
-    with pytest.raises(UserError, match=r"speaks in [12] clips of the split test, which needs 3; add videos, .*data.shares") as told:
+    with pytest.raises(UserError, match=r"split test needs 3 clips .* and has [12]; add videos, .*data.shares") as told:
         videos.collect(few, out, S, HALVES, 1, scratch, judged=("test",))
     assert "\n" not in str(told.value) and not (out / "test").exists() and len(list(scratch.iterdir())) == 5
     before = {p: p.stat().st_mtime_ns for p in scratch.glob("*/part.json")}
-    with pytest.raises(UserError, match="needs 3"):
+    with pytest.raises(UserError, match="needs 3 clips"):
         videos.collect(few, out, S, HALVES, 1, scratch, judged=("test",))
     assert {p: p.stat().st_mtime_ns for p in scratch.glob("*/part.json")} == before        # nothing was cut again
     videos.collect(few, out, S, {"test": 1.0}, 1, scratch, judged=("test",))               # everybody: three

@@ -105,8 +105,8 @@ def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[st
 def enough(metas: list[dict], split: str, folder: Path) -> None:
     speak = sum(meta["kind"] == "speaking" for meta in metas)
     if speak < len(STYLES):                                                   # as many are shown, and scored with intervals
-        raise UserError(f"{folder}: somebody speaks in {speak} clips of the split {split}, which needs {len(STYLES)}; add videos, or give it "
-                        "a larger share (data.shares in params.yaml); what is cut already is kept")
+        raise UserError(f"{folder}: the split {split} needs {len(STYLES)} clips in which somebody speaks, and has {speak}; add videos, or give "
+                        "it a larger share (data.shares in params.yaml); what is cut already is kept")
 
 
 # ---------------------------------------------------------------------------------------------------- video by video

@@ -1,5 +1,6 @@
 """train: a run that was killed and resumed is the run that was not, bit for bit, and what keys its state notices every change."""
 import itertools
+import os
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -222,6 +223,19 @@ def test_fingerprint_of_files(tmp_path):
     assert fingerprint(path.parent) != folder
     path.rename(path.with_name("c.bin"))
     assert fingerprint(path.parent / "c.bin") != fingerprint(path.parent / "deeper" / "b.bin") != file
+
+
+def test_large_files_are_known_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LARGE", 10)
+    path, seen = tmp_path / "x", set()
+    for text, time in (("a" * 11, 1), ("a" * 11, 2), ("a" * 12, 2)):
+        path.write_text(text)
+        os.utime(path, ns=(time, time))
+        seen.add(fingerprint(path))
+    assert len(seen) == 3
+    path.write_text("b" * 12)
+    os.utime(path, ns=(2, 2))
+    assert fingerprint(path) in seen                                     # not read
 
 
 def test_state_folder_is_keyed_by_parameters_and_inputs(tmp_path):

@@ -53,14 +53,22 @@ class Player:
     average: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
+LARGE = 1 << 30
+
+
 def fingerprint(*things) -> str:
-    """Twelve hex digits that change with parameters (anything JSON can hold) and with the content of files (Paths)."""
+    """Twelve hex digits that change with parameters (anything JSON can hold) and with the content of files (Paths).
+
+    Files of more than LARGE bytes are known by size and time of change: latents of hundreds of gigabytes take too long to read.
+    """
     h = hashlib.sha256()
     for thing in things:
         if isinstance(thing, Path):
             for path in sorted(p for p in thing.rglob("*") if p.is_file()) if thing.is_dir() else [thing]:
+                known = path.stat()
                 with open(path, "rb") as f:
-                    h.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
+                    content = hashlib.file_digest(f, "sha256").digest() if known.st_size <= LARGE else f"{known.st_size} {known.st_mtime_ns}".encode()
+                h.update(path.name.encode() + content)
         else:
             h.update(json.dumps(thing, sort_keys=True, default=lambda o: getattr(o, "__dict__", str(o))).encode())
         h.update(b"\n")                                                      # so that 1, 2 is not 12

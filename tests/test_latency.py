@@ -1,12 +1,13 @@
 """latency: the ladder's rungs do the work they claim to do, no less and no more. No timing is judged here."""
 import os
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, FakeEars, FakeVAE
+from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
 from tiny import make_dit
 
 from tmlib import attention, latency, soak
@@ -106,6 +107,30 @@ def test_the_matrix_has_every_combination():
     assert all(r["fps"] > 0 and (r["placement"] == "two_process") == ("frames_ms_p50" in r) for r in rows)
     cost = {(r["chunk"], r["steps"]): r["gflop"] for r in rows}
     assert cost[3, 2] > 1.5 * cost[3, 1] and cost[7, 1] > cost[3, 1]
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_only_a_waiting_dit_sleeps_on_the_emulated_link(monkeypatch, overlapped):
+    streamer, slept, worked = Streamer(make_dit(), FakeVAE(), FakeEars(), "overlap"), [], []
+    plain = [c.frames for c in Streamer(streamer.dit, FakeVAE(), FakeEars()).chunks(IMAGE, [WAVE], **PROMPT)]
+    made = streamer.made
+    monkeypatch.setattr(latency.time, "sleep", lambda s: slept.append((s, threading.get_ident())))
+    monkeypatch.setattr(streamer, "made", lambda *a: worked.append(threading.get_ident()) or made(*a))
+    frames = [c.frames for c in latency.linked(streamer, 0.25, overlapped).chunks(IMAGE, [WAVE], **PROMPT)]
+    assert len(frames) == len(plain) and all(np.array_equal(a, b) for a, b in zip(frames, plain))
+    assert [s for s, _ in slept] == [0.25] * len(plain)
+    assert ({thread for _, thread in slept} == set(worked)) == (not overlapped)
+
+
+def test_the_emulated_link_knows_what_to_expect():
+    p = SimpleNamespace(link=[0.0, 0.25, 1.0], chunks_each=3, rounds_each=2, warmup_each=1)
+    ears = FakeEars()
+    ears.tokens_per_latent = 4
+    split = {"dit_ms_p50": 2.5, "hear_ms_p50": 0.5, "vae_ms_p50": 4.0}
+    rows = latency.link(make_dit(), FakeVAE(), ears, IMAGE, p, {"chunk": 3}, split)
+    assert [r["link_ms"] for r in rows] == [0, 1, 4]
+    assert [r["ideal_gain"] for r in rows] == pytest.approx([1, 1, 7 / 4])     # a decoder of 4 ms hides 1 ms after a DiT of 3
+    assert all(r["gain_lo"] <= r["gain"] <= r["gain_hi"] and min(r["waiting_fps"], r["overlapped_fps"]) > 0 for r in rows)
 
 
 @torch.no_grad()

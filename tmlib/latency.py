@@ -120,20 +120,21 @@ def bound(serial: dict[str, float], frames: int) -> float:
 
 # An emulated link
 
+def slow(chunks, seconds: float):
+    """Chunks, each after `seconds` of sleep, which takes a link's time and no core's."""
+    with closing(chunks):
+        for chunk in chunks:
+            time.sleep(seconds)
+            yield chunk
+
+
 def linked(streamer: Streamer, seconds: float, overlapped: bool) -> Streamer:
-    """The streamer with a slow link behind its DiT: every chunk sleeps `seconds` on the way, which takes a link's time and no core's.
+    """The streamer with a slow link behind its DiT, in a thread of its own, or (not overlapped) in the DiT's, which waits for it.
 
-    overlapped: in a thread of its own, while the DiT makes the next chunk; otherwise in the DiT's, which waits.
+    Either way the DiT may be as many chunks ahead, so that only the waiting differs.
     """
-    made = streamer.denoised
-
-    def denoised(take, run):
-        with closing(ahead(made(take, run), streamer.depth) if overlapped else made(take, run)) as chunks:
-            for chunk in chunks:
-                time.sleep(seconds)
-                yield chunk
-
-    streamer.denoised = denoised
+    made, depth = streamer.denoised, streamer.depth
+    streamer.denoised = lambda *take: slow(ahead(made(*take), depth), seconds) if overlapped else ahead(slow(made(*take), seconds), depth)
     return streamer
 
 

@@ -1,11 +1,13 @@
 """latency: the ladder's rungs do the work they claim to do, no less and no more. No timing is judged here."""
 import os
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, FakeEars, FakeVAE
+from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
 from tiny import make_dit
 
 from tmlib import attention, latency, soak
@@ -107,6 +109,30 @@ def test_the_matrix_has_every_combination():
     assert cost[3, 2] > 1.5 * cost[3, 1] and cost[7, 1] > cost[3, 1]
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_only_a_waiting_dit_sleeps_on_the_emulated_link(monkeypatch, overlapped):
+    streamer, slept, worked = Streamer(make_dit(), FakeVAE(), FakeEars(), "overlap"), [], []
+    plain = [c.frames for c in Streamer(streamer.dit, FakeVAE(), FakeEars()).chunks(IMAGE, [WAVE], **PROMPT)]
+    made = streamer.made
+    monkeypatch.setattr(latency.time, "sleep", lambda s: slept.append((s, threading.get_ident())))
+    monkeypatch.setattr(streamer, "made", lambda *a: worked.append(threading.get_ident()) or made(*a))
+    frames = [c.frames for c in latency.linked(streamer, 0.25, overlapped).chunks(IMAGE, [WAVE], **PROMPT)]
+    assert len(frames) == len(plain) and all(np.array_equal(a, b) for a, b in zip(frames, plain))
+    assert [s for s, _ in slept] == [0.25] * len(plain)
+    assert ({thread for _, thread in slept} == set(worked)) == (not overlapped)
+
+
+def test_the_emulated_link_knows_what_to_expect():
+    p = SimpleNamespace(link=[0.0, 0.25, 1.0], chunks_each=3, rounds_each=2, warmup_each=1)
+    ears = FakeEars()
+    ears.tokens_per_latent = 4
+    split = {"dit_ms_p50": 2.5, "hear_ms_p50": 0.5, "vae_ms_p50": 4.0}
+    rows = latency.link(make_dit(), FakeVAE(), ears, IMAGE, p, {"chunk": 3}, split)
+    assert [r["link_ms"] for r in rows] == [0, 1, 4]
+    assert [r["ideal_gain"] for r in rows] == pytest.approx([1, 1, 7 / 4])     # a decoder of 4 ms hides 1 ms after a DiT of 3
+    assert all(r["gain_lo"] <= r["gain"] <= r["gain_hi"] and min(r["waiting_fps"], r["overlapped_fps"]) > 0 for r in rows)
+
+
 @torch.no_grad()
 def test_without_sound_and_prior_the_student_is_diffusers_model():
     dit = make_dit(audio_tokens=4, prior_std=((0.5, 0.2), (0.3, 0.4)), condition="repeat")
@@ -120,14 +146,37 @@ def test_without_sound_and_prior_the_student_is_diffusers_model():
     assert {name: len(s) for name, s in seconds.items()} == {"cached": 3, "window": 3}
 
 
-def test_a_soak_compares_its_end_with_its_beginning(monkeypatch):
+@pytest.mark.parametrize("placement", ["serial", "overlap"])
+def test_a_soak_compares_an_old_stream_with_a_new_one_in_turns(monkeypatch, placement):
     monkeypatch.setattr(soak, "EACH", 3)
     monkeypatch.setattr(soak, "WARMUP", 2)
-    found = soak.soak(Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars()), IMAGE, 12)
-    assert found["chunks"] == 12 and found["slower"] == pytest.approx(found["last_ms_p50"] / found["first_ms_p50"] - 1)
-    assert found["slower_than_fresh"] == pytest.approx(found["last_ms_p50"] / found["fresh_ms_p50"] - 1) and len(found["thousands_ms_p50"]) == 1
+    made, dit = [], make_dit(num_layers=1)
+
+    def make():
+        made.append(Streamer(dit, FakeVAE(), FakeEars(), placement))
+        return made[-1]
+    found = soak.soak(make, IMAGE, 12, turns=3)
+    assert found["chunks"] == 12 and found["last_over_first"] == pytest.approx(found["last_ms_p50"] / found["first_ms_p50"])
+    assert found["old_over_new_lo"] <= found["old_over_new"] <= found["old_over_new_hi"] and len(found["thousands_ms_p50"]) == 1
+    taken = 3 * (1 if placement == "serial" else 1 + soak.AHEAD)
+    spare = 0 if placement == "serial" else soak.AHEAD      # made, but never asked for
+    assert [s.take.index in range(n, n + spare + 1) for s, n in zip(made, (12 + taken, 2 + taken))] == [True, True]
     if os.path.exists("/proc/self/statm"):
         assert found["resident_mb_first"] > 10 and found["grown"] < 0.5
+
+
+def test_turns_pass_over_what_was_made_ahead():
+    """A stream that makes two chunks while the other is waited for gives them for nothing: only the third is on the clock."""
+    def stream(cost):
+        while True:
+            yield from (None, None)
+            time.sleep(cost)
+            yield None
+    pairs = soak.in_turns(stream(0.02), stream(0.01), 3, 2)
+    assert pairs.shape == (3, 2) and (pairs[:, 0] >= 0.02).all() and (pairs[:, 1] >= 0.01).all()
+
+
+def test_a_soak_says_what_it_needs():
     assert soak.resident("no such process") == 0
-    with pytest.raises(soak.UserError, match="--chunks 7: give at least 8"):
+    with pytest.raises(soak.UserError, match="--chunks 7: give at least 300"):
         soak.main(["--chunks", "7"])

@@ -39,7 +39,7 @@ ALLOWED = {
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }
-ALLOWED["soak"] = "latency placement sound"
+ALLOWED["soak"] = "latency metrics placement sound"
 ALLOWED["faults"] = "latency sound talk"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 

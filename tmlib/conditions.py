@@ -119,7 +119,7 @@ def stored(items: list, names: list[str], cache, load) -> list[Tensor]:
     for item, path in zip(items, paths):
         if not path.is_file():
             encode = encode or load()
-            with atomic(path) as temporary:
+            with atomic(path, every_rank=True) as temporary:         # the same bytes from all; none waits for another
                 save_file({"tokens": encode(item).cpu().contiguous()}, temporary)
     if encode is not None:
         del encode

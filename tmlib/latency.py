@@ -6,7 +6,7 @@ leave the warm-up out. Whatever is compared is measured in turns, since a machin
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from . import attention, figures, flow, metrics, plan
 from .stand_in import of_diffusers
 from .chain import Chain
 from .dit import WanDiT
-from .placement import Chunk
+from .placement import Chunk, ahead
 from .sound import FRAME
 from .stream import Streamer
 
@@ -116,6 +116,44 @@ def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
 def bound(serial: dict[str, float], frames: int) -> float:
     """Frames per second of an ideal pipeline of two devices: that of the slower one, from the split measured on one."""
     return 1e3 * frames / max(serial["dit_ms_p50"] + serial["hear_ms_p50"], serial["vae_ms_p50"])
+
+
+# An emulated link
+
+def slow(chunks, seconds: float):
+    """Chunks, each after `seconds` of sleep, which takes a link's time and no core's."""
+    with closing(chunks):
+        for chunk in chunks:
+            time.sleep(seconds)
+            yield chunk
+
+
+def linked(streamer: Streamer, seconds: float, overlapped: bool) -> Streamer:
+    """The streamer with a slow link behind its DiT, in a thread of its own, or (not overlapped) in the DiT's, which waits for it.
+
+    Either way the DiT may be as many chunks ahead, so that only the waiting differs.
+    """
+    made, depth = streamer.denoised, streamer.depth
+    streamer.denoised = lambda *take: slow(ahead(made(*take), depth), seconds) if overlapped else ahead(slow(made(*take), seconds), depth)
+    return streamer
+
+
+def link(dit, vae, encoder, picture, p, how: dict, serial: dict[str, float]) -> list[dict]:
+    """A row for every share of p.link, all in turns: frame rates of two processes when a transfer takes that share of the slower stage's time.
+
+    "waiting_fps": the DiT waits for the transfer; "overlapped_fps": it does not; "gain", of the second over the first; "ideal_gain": of
+    pipelines without any friction, from the split on one device. p: chunks_each, rounds_each, warmup_each; how: of the Streamer; serial: see `bound`.
+    """
+    stages = serial["dit_ms_p50"] + serial["hear_ms_p50"], serial["vae_ms_p50"]
+    ms = {share: share * max(stages) for share in p.link}
+    with cores(2), Streamer(dit, vae, encoder, "two_process", **how) as first:
+        ways = {(share, overlapped): linked(Streamer(dit, vae, encoder, "two_process", worker=first.worker, **how), 1e-3 * ms[share], overlapped)
+                for share in p.link for overlapped in (False, True)}
+        runs = in_turns(ways, picture, p.chunks_each, p.rounds_each)
+    fps = {way: rates(made, 4 * first.chunk, p.warmup_each) for way, made in runs.items()}
+    return [{"share": share, "link_ms": ms[share], "waiting_fps": float(np.median(fps[share, False])),
+             "overlapped_fps": float(np.median(fps[share, True])), **metrics.paired("gain", fps[share, True], fps[share, False]),
+             "ideal_gain": max(stages[0] + ms[share], stages[1]) / max(*stages, ms[share])} for share in p.link]
 
 
 def gantt(path, runs: dict[str, list[Chunk]], first: int, n: int = 5) -> None:

@@ -2,25 +2,32 @@
 
 Two hours of video at chunk 3; a quarter of an hour or less on a laptop, which is why it is a command and no stage of the
 pipeline. Writes a JSON file: the median time of the first and of the last hundred chunks after the warm-up, and the resident
-memory of all its processes then and at the end. Machines change their speed within minutes, so a new stream is begun right
-behind the old one: what its hundred chunks take less is what age costs.
+memory of all its processes then and at the end.
+
+Machines change their speed within minutes, by more than age could cost. So age is judged by turns: chunk by chunk, the old stream's
+next one and a new stream's, same weights, picture and sound. That is exact in `serial`. The other placements make chunks ahead, and
+would be asked for what they made while the other stream was waited for: these are taken first, off the clock, so that the chunk
+on the clock is made in it, while the other stream's stages are full and rest.
 """
 import argparse
 import itertools
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from . import config
+from . import config, metrics
 from .config import Progress, UserError
 from .latency import scene
 from .placement import PLACEMENTS
 from .sound import FRAME
 
 EACH, WARMUP = 100, 100                          # chunks compared at either end; chunks before the first of them
+TURNS = 300                                      # in which a chunk of the old stream and one of a new stream are timed
+AHEAD = 3                                        # more chunks than any placement makes before they are asked for, at depth 1
 
 
 def resident(*pids) -> int:
@@ -29,31 +36,50 @@ def resident(*pids) -> int:
     return os.sysconf("SC_PAGE_SIZE") * sum(int(page.read_text().split()[1]) for page in pages if page.exists())
 
 
-def soak(streamer, picture: np.ndarray, chunks: int, progress=None) -> dict[str, float]:
-    """Numbers of a stream of `chunks` chunks of a noise that never ends. chunks: at least WARMUP + 2 EACH."""
+def endless(streamer, picture: np.ndarray):
+    """Frames of a noise that never ends, chunk by chunk."""
     piece = 0.05 * np.random.default_rng(0).standard_normal(4 * streamer.chunk * FRAME).astype(np.float32)
-    pids = ["self", *([streamer.worker.process.pid] if streamer.worker else [])]
+    return streamer.stream(picture, itertools.repeat(piece), **scene(streamer.dit, picture.shape[0] // 8))
 
-    def timed(n: int):
-        """Seconds of each of the first n chunks of a stream, and its memory after the first hundred and at the end."""
-        seconds, memory, began = np.zeros(n), {}, time.perf_counter()
-        stream = streamer.stream(picture, itertools.repeat(piece), **scene(streamer.dit, picture.shape[0] // 8))
-        for i, _ in zip(range(n), stream):
-            now = time.perf_counter()
-            seconds[i], began = now - began, now
-            if i in (WARMUP + EACH - 1, n - 1):
+
+def timed(stream) -> float:
+    """Seconds that the next chunk takes."""
+    began = time.perf_counter()
+    next(stream)
+    return time.perf_counter() - began
+
+
+def in_turns(old, new, turns: int, ahead: int) -> np.ndarray:
+    """Seconds of a chunk of each stream in every turn, (turns, 2). ahead: chunks to take before, off the clock."""
+    def late(stream):
+        for _ in range(ahead):
+            next(stream)
+        return timed(stream)
+    return np.array([[late(old), late(new)] for _ in range(turns)])
+
+
+def soak(make, picture: np.ndarray, chunks: int, turns: int = TURNS, progress=None) -> dict[str, float]:
+    """Numbers of a stream of `chunks` chunks, then in turns with a new one. make: () -> Streamer; chunks: at least WARMUP + 2 EACH."""
+    with make() as streamer, closing(endless(streamer, picture)) as old:
+        pids = ["self", *([streamer.worker.process.pid] if streamer.worker else [])]
+        seconds, memory = np.zeros(chunks), {}
+        for i in range(chunks):
+            seconds[i] = timed(old)
+            if i in (WARMUP + EACH - 1, chunks - 1):
                 memory[i] = resident(*pids)
             if progress is not None:
                 progress.step()
-        stream.close()
-        return seconds, list(memory.values())
-
-    seconds, (before, after) = timed(chunks)
-    fresh, _ = timed(WARMUP + EACH)
-    first, last, new = (1e3 * float(np.median(part)) for part in (seconds[WARMUP:WARMUP + EACH], seconds[-EACH:], fresh[-EACH:]))
-    return {"chunks": chunks, "placement": streamer.placement, "first_ms_p50": first, "last_ms_p50": last, "fresh_ms_p50": new,
-            "slower": last / first - 1, "slower_than_fresh": last / new - 1,
-            "thousands_ms_p50": [1e3 * float(np.median(part)) for part in np.array_split(seconds[WARMUP:], max(1, chunks // 1000))],
+        with make() as second, closing(endless(second, picture)) as new:
+            for _ in range(WARMUP):
+                next(new)
+            pairs = in_turns(old, new, turns, 0 if streamer.placement == "serial" else AHEAD)
+    before, after = memory.values()
+    ms = lambda s: 1e3 * float(np.median(s))
+    first, last = ms(seconds[WARMUP:WARMUP + EACH]), ms(seconds[-EACH:])
+    return {"chunks": chunks, "placement": streamer.placement, "turns": turns, **metrics.paired("old_over_new", *pairs.T),
+            "old_ms_p50": ms(pairs[:, 0]), "new_ms_p50": ms(pairs[:, 1]),
+            "first_ms_p50": first, "last_ms_p50": last, "last_over_first": last / first,
+            "thousands_ms_p50": [ms(part) for part in np.array_split(seconds[WARMUP:], max(1, chunks // 1000))],
             "resident_mb_first": before / 1e6, "resident_mb_last": after / 1e6, "grown": after / before - 1 if before else None,
             "real_time_factor": 4 * streamer.chunk * (chunks - WARMUP) / 16 / float(seconds[WARMUP:].sum())}
 
@@ -79,13 +105,13 @@ def main(argv: list[str] | None = None) -> int:
     models = talk.load_models(Path(args.models) if args.models else talk.default_models())
     size = models.how["size"]
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    with talk.make_streamer(models, placement=args.placement) as streamer:
-        found = soak(streamer, picture, args.chunks, Progress(args.chunks + WARMUP + EACH, "soak"))
+    make = lambda: talk.make_streamer(models, placement=args.placement)
+    found = soak(make, picture, args.chunks, progress=Progress(args.chunks, "soak"))
     out = Path(args.out or config.SCRATCH / "soak.json")
     config.save_json(out, {**found, "torch": torch.__version__, "threads": 1, "platform": sys.platform})
-    print(f"{out}: chunk {found['first_ms_p50']:.1f} ms at first, {found['last_ms_p50']:.1f} ms at last, "
-          f"{found['fresh_ms_p50']:.1f} ms in a new stream behind it; "
-          f"memory {found['resident_mb_first']:.0f} MB, then {found['resident_mb_last']:.0f} MB")
+    print(f"{out}: in turns with a new stream, an old chunk takes {found['old_over_new']:.3f} ({found['old_over_new_lo']:.3f} to "
+          f"{found['old_over_new_hi']:.3f}) of a new one's time; {found['first_ms_p50']:.1f} ms at first, {found['last_ms_p50']:.1f} ms at "
+          f"last; memory {found['resident_mb_first']:.0f} MB, then {found['resident_mb_last']:.0f} MB")
     return 0
 
 

@@ -102,7 +102,7 @@ def fill(cache, value, grad=False):
     for layer in range(cache.k.shape[0]):
         past = cache.read(layer)
         seen.append([torch.cat([p, own], 2) for p, own in zip(past, (k + layer, -k))])
-        cache.write(layer, k + layer, -k)
+        att.store(cache.room(layer), k + layer, -k)
     cache.advance()
     return seen
 

@@ -64,6 +64,16 @@ def test_compiled_blocks_give_the_same_stream(eager):
     assert graphs.frame_count == 3                          # contexts of none, one and two chunks: one graph for all layers
 
 
+@pytest.mark.parametrize("cache", ["per_step", "next_step", "clean_pass"])
+def test_a_compiled_step_gives_the_same_stream(cache):
+    """One graph, from the third chunk on, whatever the prompt and wherever keys are written; a pass that writes nowhere is another."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    assert error(stream(fast.compile_step(fast.fuse_qkv(make()), backend=graphs), cache=cache), stream(make(), cache=cache)) < 1e-5
+    assert graphs.frame_count == (2 if cache == "clean_pass" else 1)
+
+
 # FP8
 
 def test_quantised_rows_come_back_within_e4m3s_rounding():

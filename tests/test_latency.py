@@ -9,8 +9,10 @@ import pytest
 import torch
 from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
 from tiny import make_dit
+from torch._dynamo.testing import CompileCounter
 
 from tmlib import attention, latency, soak
+from tmlib.config import UserError
 from tmlib.stand_in import of_diffusers
 from tmlib.latency import Forgetful, dit_ladder
 from tmlib.placement import PLACEMENTS, Chunk
@@ -142,8 +144,17 @@ def test_without_sound_and_prior_the_student_is_diffusers_model():
     x, t, text, image = (torch.randn(*s, generator=g) for s in ((1, 36, 6, 4, 4), (1,), (1, 512, 10), (1, 3, 12)))
     a, b = ours(x, 500 + t, text=text, image=image), theirs(x, 500 + t, text, image, return_dict=False)[0]
     assert torch.allclose(a, b, atol=1e-4) and a.std() > 0.01
-    seconds = latency.against_diffusers(dit, 4, 3, 3)
-    assert {name: len(s) for name, s in seconds.items()} == {"cached": 3, "window": 3}
+    assert latency.against_diffusers(dit, 4, 3).keys() == {"cached", "window"}
+    graphs = CompileCounter()
+    ways = latency.against_diffusers(dit, 4, 3, compiled=True, backend=graphs)
+    assert graphs.frame_count == 1                          # the whole step, once its context is of two chunks
+    assert {name: len(s) for name, s in latency.turns(ways, 3).items()} == {"cached": 3, "window": 3, "compiled": 3, "again": 3}
+    assert torch.equal(ways["window"]()[0], ways["again"]()[0]) and torch.allclose(ways["compiled"](), ways["cached"](), atol=1e-5)
+
+
+def test_a_compiler_that_errs_is_told():
+    with pytest.raises(UserError, match="differs from the eager one"):
+        latency.against_diffusers(make_dit(audio_tokens=4), 4, 3, compiled=True, backend=lambda graph, _: lambda *x: [2 * y for y in graph(*x)])
 
 
 @pytest.mark.parametrize("placement", ["serial", "overlap"])

@@ -117,6 +117,14 @@ def masked_attention(q, k, v, kind, frames, chunk):
 
 # The cache of a stream
 
+@torch.no_grad()
+def store(room, k, v):
+    """A chunk's keys and values (B, N, L, D) into their `KVCache.room`. Once per layer, then `KVCache.advance`."""
+    if room is not None:
+        room[0].copy_(k)
+        room[1].copy_(v)
+
+
 class KVCache:
     """Keys and values of chunk 0 (slot 0) and of the previous chunk (slot 1), for every layer, in static buffers.
 
@@ -155,13 +163,12 @@ class KVCache:
         """The context's keys and values, (B, N, 0 | L | 2 L, D): views, not copies."""
         return tuple(x[layer, :, :, : self.filled].flatten(2, 3) for x in (self.k, self.v))
 
-    @torch.no_grad()
-    def write(self, layer, k, v):
-        """Store this chunk's k and v (B, N, L, D) where `writes_to` says. Call once per layer, then `advance`."""
-        if self.writes_to is not None:
-            slot = min(self.writes_to.filled, 1)
-            self.writes_to.k[layer, :, :, slot].copy_(k)
-            self.writes_to.v[layer, :, :, slot].copy_(v)
+    def room(self, layer):
+        """Where this chunk's keys and values go, (B, N, L, D) each, by `writes_to`: views, see `store`; None: nowhere."""
+        if self.writes_to is None:
+            return None
+        slot = min(self.writes_to.filled, 1)
+        return tuple(x[layer, :, :, slot] for x in (self.writes_to.k, self.writes_to.v))
 
     def advance(self):
         """A forward pass is over: the stored chunk becomes context."""

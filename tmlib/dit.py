@@ -103,21 +103,30 @@ class WanDiT(nn.Module):
             x = torch.cat([seen, x[:, 16:]], dim=1)
         h = self.patchify(x.to(self.dtype))                                              # (B, F, S, D)
         temb, mod = self.remember(cache, "time", t, lambda t: self.condition_embedder.time(t.reshape(B, -1), h.dtype), 64)
-        for layer, block in enumerate(self.blocks):
-            if cache is not None:
-                h, k, v = block(h, mod, ctx, cache.read(layer), self.known(layer, ctx, cache))
-                cache.write(layer, k, v)
+        layers = range(len(self.blocks))
+        past = None if cache is None else [(cache.read(i), self.known(i, ctx, cache), cache.room(i)) for i in layers]
+        h = self.trunk(h, temb, mod, ctx, past)                                          # (B, F, S, ph pw C)
+        if cache is not None:
+            cache.advance()
+        v = self.unpatchify(h, rows, columns).to(x.dtype)                                # (B, 16, F, H, W)
+        return v if guess is None else guess + spread * v
+
+    def trunk(self, h, temb, mod, ctx, past=None):
+        """Blocks and head, (B, F, S, D) -> (B, F, S, ph pw C): tensors in, tensors out, so that `fast.compile_step` can take it whole.
+
+        past, in a stream, for each block: the context's keys and values, those of text, image and audio, and where its own go.
+        """
+        for i, block in enumerate(self.blocks):
+            if past is not None:
+                context, known, room = past[i]
+                h, k, v = block(h, mod, ctx, context, known)
+                att.store(room, k, v)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, mod, ctx, use_reentrant=False)[0]
             else:
                 h = block(h, mod, ctx)[0]
-        if cache is not None:
-            cache.advance()
-
         shift, scale = (self.scale_shift_table.float() + temb.float()[:, :, None]).chunk(2, dim=2)    # (B, 1 | F, 1, D)
-        h = torch.addcmul(shift, self.norm_out(h.float()), 1 + scale).type_as(h)
-        v = self.unpatchify(self.proj_out(h), rows, columns).to(x.dtype)                 # (B, 16, F, H, W)
-        return v if guess is None else guess + spread * v
+        return self.proj_out(torch.addcmul(shift, self.norm_out(h.float()), 1 + scale).type_as(h))
 
     def prior(self, x, t):
         """See `flow.reference_prior`; the reference stands in the image channels, the last 16, of every latent frame."""

@@ -1,6 +1,6 @@
 """Faster forms of a WanDiT, and of Wan's decoder: functions that take the eager model and give back one with the same outputs.
 
-- `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`: elementwise work fused by torch.compile;
+- `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`, `compile_step`: elementwise work fused by torch.compile;
   `to_fp8`: the large linears in e4m3, the only change whose outputs differ beyond rounding order;
   `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `decoder`: the decoder's own switches;
   `use_attention`, `autotune`: which kernels run, in the whole process.
@@ -8,6 +8,8 @@
 - Names of parameters change, so a fast model is for running, not for saving.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,6 +63,27 @@ def compile_blocks(dit, **how):
     for block in dit.blocks:
         block.compile(**{"fullgraph": True, "dynamic": False, **how})
     return dit
+
+
+def compile_step(dit, **how):
+    """torch.compile of a stream's whole denoising step, K/V writes inside, once its context is of two chunks; before that it runs as it is.
+
+    For models of few layers, whose time goes into small operations: it saves the calls between blocks too, and compiles every block anew.
+    """
+    eager = dit.trunk
+    compiled = torch.compile(eager, **{"fullgraph": True, "dynamic": False, **how})
+
+    def trunk(h, temb, mod, ctx, past=None):
+        steady = past is not None and past[0][0][0].shape[2] == 2 * h.shape[1] * h.shape[2]
+        return (compiled if steady else eager)(h, temb, mod, ctx, past)
+
+    dit.trunk = trunk
+    return dit
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile uses on a CPU, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def use_attention(name: str) -> None:

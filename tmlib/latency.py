@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import attention, figures, flow, metrics, plan
+from . import attention, fast, figures, flow, metrics, plan
 from .stand_in import of_diffusers
 from .chain import Chain
+from .config import UserError
 from .dit import WanDiT
 from .placement import Chunk, ahead
 from .sound import FRAME
@@ -231,16 +232,31 @@ def without_sound(dit: WanDiT) -> WanDiT:
     return plain.to(dit.device).eval().requires_grad_(False)
 
 
-def against_diffusers(dit: WanDiT, side: int, chunk: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of `steps` denoising steps: "cached", one chunk from its K/V cache; "window", diffusers computing all its frames anew.
+@torch.no_grad()
+def against_diffusers(dit: WanDiT, side: int, chunk: int, compiled: bool = False, **how) -> dict[str, Callable[[], Tensor]]:
+    """Denoising steps to be timed: "cached", one chunk from its K/V cache; "window", diffusers computing all its frames anew.
 
-    The prompt is 512 tokens long: diffusers counts on that when it tells words from picture.
+    compiled: a "compiled" cached step too, its graph made here (`fast.compile_step`, how: its options), held against the eager one, and
+    "again", the window once more, so that each of ours runs right behind one. The prompt is 512 tokens long: diffusers counts on that
+    when it tells words from picture.
     """
     ours = without_sound(dit)
     theirs, c, g = of_diffusers(ours), dit.config, torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=g).to(dit.device)
     text, image, t = randn(1, plan.TEXT, c.text_dim), randn(1, 17, c.image_dim), torch.full((1,), 900.0, device=dit.device)
-    window, cache = randn(1, c.in_channels, attention.WINDOW, side, side), ours.new_cache(1, side, side, chunk=chunk)
+    window = randn(1, c.in_channels, attention.WINDOW, side, side)
     x = window[:, :, :chunk].contiguous()
-    ways = {"cached": lambda: ours(x, t, text=text, image=image, cache=cache), "window": lambda: theirs(window, t, text, image)}
-    return turns(ways, steps)
+
+    def cached(dit: WanDiT) -> Callable[[], Tensor]:
+        cache = dit.new_cache(1, side, side, chunk=chunk)
+        return lambda: dit(x, t, text=text, image=image, cache=cache)
+
+    anew = lambda: theirs(window, t, text, image)
+    ways = {"cached": cached(ours), "window": anew}
+    if compiled:
+        ways |= {"compiled": cached(fast.compile_step(fast.fuse_qkv(without_sound(dit)), **how)), "again": anew}
+        for _ in range(attention.WINDOW // chunk + 1):                        # until positions stay where they are
+            a, b = ways["cached"](), ways["compiled"]()
+            if not torch.allclose(a, b, atol=1e-3 * float(a.abs().max())):
+                raise UserError(f"the compiled step differs from the eager one by {float((a - b).abs().max()):.2g}: this torch compiles it wrongly")
+    return ways

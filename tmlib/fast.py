@@ -11,6 +11,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,18 @@ def use_attention(name: str) -> None:
         raise UserError(f"attention kernel {name!r} is unknown; choose one of auto, {', '.join(ATTENTIONS)}")
     for kernel in ATTENTIONS:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(name in (kernel, "auto"))
+
+
+@contextmanager
+def any_attention():
+    """All kernels for a while, whatever `use_attention` chose."""
+    chosen = [getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in ATTENTIONS]
+    use_attention("auto")
+    try:
+        yield
+    finally:
+        for kernel, on in zip(ATTENTIONS, chosen):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
 
 
 # FP8
@@ -220,6 +233,7 @@ def decoder(vae, switches, chunk: int, backend="inductor"):
             conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last_3d)
     if "compile" in switches:
         vae.net.decoder.compile(backend=backend, dynamic=False)
+    vae.decode = any_attention()(vae.decode)                # its one head is 384 wide: neither flash nor cuDNN takes it
     return vae
 
 

@@ -101,8 +101,10 @@ def test_it_decodes_beside_the_model(written):
 
 def test_all_forms_of_the_decoder_are_tried():
     args = bench.arguments().parse_args([*QUICK, "--compile"])
-    assert bench.decoders(args) == {"eager": [()], "together": [*((s,) for s in bench.DECODER[:-1]), bench.DECODER[:-1], bench.DECODER],
-                                    "alone": [("compile",)]}
+    together, by_frames, channels_last, autotune, compiled = bench.DECODER
+    plain = (together, channels_last, autotune)
+    assert bench.decoders(args) == {"eager": [()], "alone": [(compiled,)], "together": [
+        *((s,) for s in bench.DECODER[:-1]), plain, bench.DECODER[:-1], (*plain, compiled), bench.DECODER]}
 
 
 @needs_diffusers
@@ -175,6 +177,19 @@ def test_a_spent_budget_leaves_what_there_is():
     saved = []
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--budget-minutes", "1e-9"]), CPU, lambda r: saved.append(json.dumps(r)))
     assert result["runs"] == {} and len(saved) == list(result["missing"].values()).count(bench.OVER) > 3
+
+
+@needs_diffusers
+def test_what_does_not_fit_beside_the_model_takes_nothing_away(monkeypatch, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room for the decoder")
+    monkeypatch.setattr(bench, "DECODER", DECODERS)
+    monkeypatch.setattr(timing, "placements", full)
+    assert bench.main([*QUICK, "--parts", "together", "--out", str(tmp_path / "a.json")]) == 1
+    (result,) = json.loads((tmp_path / "a.json").read_text()).values()
+    (run,) = result["runs"].values()
+    assert run["ms_p50"] > 0 and run["first_chunk_ms"] > 0 and "serial_fps" not in run
+    assert result["missing"] == {"2x1 qkv+attention and decoder": "OutOfMemoryError: no room for the decoder"}
 
 
 def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):

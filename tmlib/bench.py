@@ -64,12 +64,11 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
-    """As `forms`; those that need no compilation first. Which convolutions win, in 2D or in 3D, is the machine's: the others together with either."""
+    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either; what takes minutes to prepare comes last."""
     able = tuple(s for s in DECODER if args.compile or s != "compile")
-    plain, in_3d = (tuple(s for s in able if s != other) for other in ("compile", "by_frames"))
-    both = tuple(s for s in plain if s != "by_frames")
-    together = dict.fromkeys(form for form in [*((s,) for s in plain), both, plain, in_3d, able] if form)
-    return {"eager": [()], "together": list(together), "alone": [("compile",)] if able != plain else []}
+    but = lambda *left_out: tuple(s for s in able if s not in left_out)
+    together = [*((s,) for s in but("autotune", "compile")), but("by_frames", "autotune"), but("autotune"), but("by_frames"), able]
+    return {"eager": [()], "together": list(dict.fromkeys(filter(None, together))), "alone": [(s,) for s in able if s in ("autotune", "compile")]}
 
 
 class Session:
@@ -147,7 +146,8 @@ class Session:
             row |= timing.stream(played, place, device, args.repeats, self.result["machine"]["matmul_tflops"])
             self.result["runs"][f"{setting} {label}"] = row                            # known, and what does not fit beside it takes nothing away
             if vae is not None:
-                self.attempt(f"{setting} {label} and decoder", lambda: row.update(timing.placements(vae, played, row["n"], device)), f"{setting} and decoder")
+                beside = lambda: row.update(timing.placements(vae, played, row["n"], device))
+                self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
             row |= timing.first_chunk(played, device)
             whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
             print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"

@@ -184,14 +184,15 @@ def test_a_spent_budget_leaves_what_there_is():
 @needs_diffusers
 def test_what_does_not_fit_beside_the_model_takes_nothing_away(monkeypatch, tmp_path):
     def full(*_):
-        raise torch.OutOfMemoryError("no room for the decoder")
+        yield {"serial_ms": 500.0, "serial_fps": 16.0}
+        raise torch.OutOfMemoryError("no room for a second stream")
     monkeypatch.setattr(bench, "DECODER", DECODERS)
     monkeypatch.setattr(timing, "placements", full)
     assert bench.main([*QUICK, "--parts", "together", "--out", str(tmp_path / "a.json")]) == 1
     (result,) = json.loads((tmp_path / "a.json").read_text()).values()
     (run,) = result["runs"].values()
-    assert run["ms_p50"] > 0 and run["first_chunk_ms"] > 0 and "serial_fps" not in run
-    assert result["missing"] == {"2x1 qkv+attention and decoder": "OutOfMemoryError: no room for the decoder"}
+    assert run["ms_p50"] > 0 and run["first_chunk_ms"] > 0 and run["serial_fps"] == 16 and "first_frames_ms" not in run
+    assert result["missing"] == {"2x1 qkv+attention and decoder": "OutOfMemoryError: no room for a second stream"}
 
 
 def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):

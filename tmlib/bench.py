@@ -146,7 +146,7 @@ class Session:
             row |= timing.stream(played, place, device, args.repeats, self.result["machine"]["matmul_tflops"])
             self.result["runs"][f"{setting} {label}"] = row                            # known, and what does not fit beside it takes nothing away
             if vae is not None:
-                beside = lambda: row.update(timing.placements(vae, played, row["n"], device))
+                beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
                 self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
             row |= timing.first_chunk(played, device)
             whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)

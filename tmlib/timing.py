@@ -9,6 +9,7 @@ import gc
 import math
 import re
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -159,14 +160,13 @@ def decode_on(side, vae, x_0, past):
         return vae.decode(x_0, past)
 
 
-def placements(vae, played, n, device) -> dict:
+def placements(vae, played, n, device) -> Iterator[dict[str, float]]:
     """Milliseconds of a chunk and frames per second of DiT and decoder on this one device: "serial", and on a GPU "overlap", where the
-    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream.
+    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream. One by one: a side stream takes memory of its own.
 
     played: a `stand_in.Stream` in its steady state; it begins anew.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    found = {}
     for name, side in (("serial", None), *([("overlap", torch.cuda.Stream())] if device.type == "cuda" else [])):
         past = None
         for k in range(n + 2):                                          # two chunks fill the decoder's cache and load its kernels
@@ -177,10 +177,10 @@ def placements(vae, played, n, device) -> dict:
             video, past = decode_on(side, vae, x_0, past)
         wait()
         seconds = (time.perf_counter() - began) / n
-        found |= {f"{name}_ms": 1000 * seconds, f"{name}_fps": 4 * x_0.shape[2] / seconds}
+        yield {f"{name}_ms": 1000 * seconds, f"{name}_fps": 4 * x_0.shape[2] / seconds}
     del video, past
     played.restart()
-    return found | {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
+    yield {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
 
 
 # The rivals

@@ -118,6 +118,14 @@ def test_cache_holds_the_reference_and_the_previous_chunk():
     assert cache.read(0)[0].data_ptr() == cache.k.data_ptr()                            # no copy
 
 
+def test_pairs_turn_the_same_whichever_way():
+    torch.manual_seed(0)
+    x, table = torch.randn(2, 3, 12, 16), att.rope_table(range(3), 2, 2, 16)
+    pairs = x.unflatten(-1, (-1, 2))
+    assert torch.equal(att.mirrored(pairs, *table), att.stacked(pairs, *table))
+    torch.testing.assert_close(att.stacked(pairs, *table).flatten(-2), att.apply_rope(x, table))
+
+
 def test_positions_are_anchored_to_the_window():
     cache = att.KVCache(1, 1, 1, 1, 2, chunk=3)
     firsts, contexts = [], []

@@ -101,8 +101,12 @@ def test_it_decodes_beside_the_model(written):
 
 def test_all_forms_of_the_decoder_are_tried():
     args = bench.arguments().parse_args([*QUICK, "--compile"])
-    assert bench.decoders(args) == {"eager": [()], "together": [*((s,) for s in bench.DECODER[:-1]), bench.DECODER[:-1], bench.DECODER],
-                                    "alone": [("compile",)]}
+    together, by_frames, channels_last, autotune, compiled = bench.DECODER
+    assert bench.decoders(args) == {"eager": [()], "alone": [(autotune,), (compiled,)], "together": [
+        (together,), (by_frames,), (channels_last,), (together, channels_last, compiled), (together, by_frames, channels_last, compiled),
+        (together, channels_last, autotune, compiled), bench.DECODER]}
+    args.compile = False
+    assert bench.decoders(args)["together"][-1] == bench.DECODER[:-1] and bench.decoders(args)["alone"] == [(autotune,)]
 
 
 @needs_diffusers
@@ -175,6 +179,20 @@ def test_a_spent_budget_leaves_what_there_is():
     saved = []
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--budget-minutes", "1e-9"]), CPU, lambda r: saved.append(json.dumps(r)))
     assert result["runs"] == {} and len(saved) == list(result["missing"].values()).count(bench.OVER) > 3
+
+
+@needs_diffusers
+def test_what_does_not_fit_beside_the_model_takes_nothing_away(monkeypatch, tmp_path):
+    def full(*_):
+        yield {"serial_ms": 500.0, "serial_fps": 16.0}
+        raise torch.OutOfMemoryError("no room for a second stream")
+    monkeypatch.setattr(bench, "DECODER", DECODERS)
+    monkeypatch.setattr(timing, "placements", full)
+    assert bench.main([*QUICK, "--parts", "together", "--out", str(tmp_path / "a.json")]) == 1
+    (result,) = json.loads((tmp_path / "a.json").read_text()).values()
+    (run,) = result["runs"].values()
+    assert run["ms_p50"] > 0 and run["first_chunk_ms"] > 0 and run["serial_fps"] == 16 and "first_frames_ms" not in run
+    assert result["missing"] == {"2x1 qkv+attention and decoder": "OutOfMemoryError: no room for a second stream"}
 
 
 def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):

@@ -1,10 +1,13 @@
 """chain: chunk by chunk = the whole sequence, and gradients where they belong."""
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import make_dit
 
 from tmlib import chain, flow
-from tmlib.chain import Chain, full, rollout
+from tmlib.chain import CACHES, Chain, full, rollout
 from tmlib.config import UserError
 
 TS = flow.timesteps(2, 5)
@@ -184,3 +187,19 @@ def test_generator_and_callback():
     a, b, c = run(0), run(0), run(1)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert seen[:2] == [(0, (2, 16, 3, 4, 4)), (1, (2, 16, 3, 4, 4))]
+
+
+@torch.no_grad()
+def test_caches_go_with_their_chain():
+    """At once, not when Python next looks for cycles: the caches of the next stream need the room."""
+    def buffers(cache):
+        dit = make_dit(num_layers=1)
+        chain = Chain(dit, torch.randn(1, 20, 21, 4, 4), [1000.0, 500.0], cache=cache)
+        for _ in range(2):
+            chain.next(lambda step: torch.randn(1, 16, 3, 4, 4))
+        return [weakref.ref(read.k) for read, _ in chain.caches.values()]
+    gc.collect(), gc.disable()
+    try:
+        assert [k() for cache in CACHES for k in buffers(cache)] == [None] * 6
+    finally:
+        gc.enable()

@@ -1,5 +1,7 @@
 """fast: the same outputs as the eager model and decoder, in less time on a GPU; graphs are replayed here by a recorder that does what CUDA does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -244,6 +246,21 @@ def decoded(switches):
 def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
     torch._dynamo.reset()
     assert pictures.shape == (1, 3, 13, 16, 16) and error(decoded(switches), pictures) < 1e-4
+
+
+def test_the_decoder_attends_whatever_kernel_the_model_was_given():
+    """Its head of 384 fits neither flash nor cuDNN, and the choice holds for the whole process."""
+    on = lambda: [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
+    vae = SimpleNamespace(net=torch.nn.Identity(), decode=lambda z, past=None: (on(), past))
+    fast.use_attention("flash")
+    try:
+        assert fast.decoder(vae, (), 3).decode(None, past=1) == ([True] * 4, 1) and on() == [True, False, False, False]
+        vae.decode = lambda z: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            fast.decoder(vae, (), 3).decode(None)
+        assert on() == [True, False, False, False]
+    finally:
+        fast.use_attention("auto")
 
 
 def test_convolutions_are_tuned_for_as_long_as_asked():

@@ -6,6 +6,7 @@
 - `KVCache` holds chunk 0 and the previous chunk, and nothing else: memory is constant however long the stream.
 """
 
+import weakref
 from functools import lru_cache
 
 import torch
@@ -51,11 +52,22 @@ def rope_table(frames, rows, columns, head_dim, device="cpu"):
 def apply_rope(x, table):
     """Turn each interleaved pair of x (B, N, L, D) by its angle; computed in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))                                             # (B, N, L, D / 2, 2)
-    if torch.compiler.is_compiling():                        # compilers fuse the pairs, but know no complex numbers
-        (cos, sin), (a, b) = table, pairs.unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    if torch.compiler.is_compiling():                        # compilers know no complex numbers
+        return (mirrored if x.is_cuda else stacked)(pairs, *table).type_as(x).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.complex(*table)        # same numbers in one pass, four times faster
     return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+def stacked(pairs, cos, sin):
+    """Both entries of each pair turned, then put together: what a compiler vectorises on a CPU."""
+    a, b = pairs.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def mirrored(pairs, cos, sin):
+    """The same, each entry from itself and its mirror: on a GPU one kernel with the norm before it, in x's layout, which attention keeps."""
+    sign = 2 * torch.arange(2, device=pairs.device) - 1
+    return pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * sign)
 
 
 # Mask predicates: may a query of chunk q see a key of chunk k? They take ints or integer tensors.
@@ -143,6 +155,15 @@ class KVCache:
         self.chunk, self.window, self.filled = chunk, window, 0
         self.writes_to = self
         self.memo = {} if memo is None else memo
+
+    @property
+    def writes_to(self):
+        return self._writes_to and self._writes_to()
+
+    @writes_to.setter
+    def writes_to(self, cache):
+        # Weak: a cache that writes to itself would outlive its chain until Python looks for cycles, and large ones fit a card once only.
+        self._writes_to = cache and weakref.ref(cache)
 
     def fits(self, batch, tokens):
         """Whether chunks of `tokens` tokens in batches of `batch` go in here."""

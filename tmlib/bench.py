@@ -64,10 +64,11 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
-    """As `forms`; those that need no compilation are cheap, and first: the fastest of all is who plays beside the model."""
+    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either; what takes minutes to prepare comes last."""
     able = tuple(s for s in DECODER if args.compile or s != "compile")
-    plain = tuple(s for s in able if s != "compile")
-    return {"eager": [()], "together": list(dict.fromkeys([*((s,) for s in plain), plain, able])), "alone": [("compile",)] if able != plain else []}
+    but = lambda *left_out: tuple(s for s in able if s not in left_out)
+    together = [*((s,) for s in but("autotune", "compile")), but("by_frames", "autotune"), but("autotune"), but("by_frames"), able]
+    return {"eager": [()], "together": list(dict.fromkeys(filter(None, together))), "alone": [(s,) for s in able if s in ("autotune", "compile")]}
 
 
 class Session:
@@ -140,10 +141,14 @@ class Session:
         fast.autotune("autotune" in self.result.get("vae_form", ""))
 
         def at(setting):
-            row = timing.stream(dit, setting, place, device, args.repeats, self.result["machine"]["matmul_tflops"],
-                                self.vae if len(switches) != 1 else None)
-            row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error, **row}
-            self.result["runs"][f"{setting} {label}"] = row
+            played, vae = stand_in.Stream(dit, setting, place, device), self.vae if len(switches) != 1 else None
+            row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error}
+            row |= timing.stream(played, place, device, args.repeats, self.result["machine"]["matmul_tflops"])
+            self.result["runs"][f"{setting} {label}"] = row                            # known, and what does not fit beside it takes nothing away
+            if vae is not None:
+                beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
+                self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
+            row |= timing.first_chunk(played, device)
             whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
             print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"
                   f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)

@@ -11,6 +11,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,18 @@ def use_attention(name: str) -> None:
         raise UserError(f"attention kernel {name!r} is unknown; choose one of auto, {', '.join(ATTENTIONS)}")
     for kernel in ATTENTIONS:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(name in (kernel, "auto"))
+
+
+@contextmanager
+def any_attention():
+    """All kernels for a while, whatever `use_attention` chose."""
+    chosen = [getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in ATTENTIONS]
+    use_attention("auto")
+    try:
+        yield
+    finally:
+        for kernel, on in zip(ATTENTIONS, chosen):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
 
 
 # FP8
@@ -211,7 +224,7 @@ class Graphed:
 
 def decoder(vae, switches, chunk: int, backend="inductor"):
     """A `wan_vae.WanVAE` with switches on. together: all latents of a chunk in one call; by_frames: 2D convolutions for 3D ones;
-    channels_last: the layout of tensor cores; compile: elementwise work fused. For "autotune" see `autotune`."""
+    channels_last: the layout of tensor cores; compile: norms fused with what follows. For "autotune" see `autotune`."""
     vae.together = chunk if "together" in switches else 1
     for conv in (m for m in vae.net.modules() if isinstance(m, nn.Conv3d)):
         if "by_frames" in switches:
@@ -219,8 +232,30 @@ def decoder(vae, switches, chunk: int, backend="inductor"):
         if "channels_last" in switches:
             conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last_3d)
     if "compile" in switches:
-        vae.net.decoder.compile(backend=backend, dynamic=False)
+        fuse_norms(vae.net.decoder, backend)
+    vae.decode = any_attention()(vae.decode)                # its one head is 384 wide: neither flash nor cuDNN takes it
     return vae
+
+
+class NormSiLU(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return F.silu(self.norm(x))
+
+
+def fuse_norms(decoder, backend="inductor") -> None:
+    """Each norm and the SiLU behind it in one kernel: 22 passes over the pictures become 3. Not the whole decoder: it breaks at the slots of
+    its upsamplers, block by block and shape by shape, and takes minutes to compile."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)       # widths, sizes and layouts share the code
+    for module in [m for m in decoder.modules() if hasattr(m, "nonlinearity")]:
+        for name in ("norm1", "norm2", "norm_out"):
+            if hasattr(module, name):
+                setattr(module, name, NormSiLU(getattr(module, name)))
+                getattr(module, name).compile(backend=backend, fullgraph=True, dynamic=True)
+        module.nonlinearity = nn.Identity()
 
 
 def by_frames(x, weight, bias):

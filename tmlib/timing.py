@@ -9,6 +9,7 @@ import gc
 import math
 import re
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -100,15 +101,15 @@ def attention_kernels(c, chunk, tokens, dtype, device, repeats=20) -> dict[str, 
 
 # The stream
 
-def stream(dit, setting, place, device, n: int, rate: float, vae=None) -> dict:
-    """One form at one setting: steady chunks, whether memory stays, a new stream's first chunk; with a decoder, both on this device.
+def stream(played, place, device, n: int, rate: float) -> dict:
+    """One form at one setting: steady chunks, and whether memory stays.
 
-    place: rows and columns of tokens; n: chunks at most; rate: TFLOP/s of this machine's matrix products.
+    played: a new `stand_in.Stream`; place: rows and columns of tokens; n: chunks at most; rate: TFLOP/s of this machine's matrix products.
     """
-    counted = plan.total(plan.chunk_flops(bare(dit).config, setting.chunk, math.prod(place), setting.steps))
+    setting = played.setting
+    counted = plan.total(plan.chunk_flops(bare(played.dit).config, setting.chunk, math.prod(place), setting.steps))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    played = Stream(dit, setting, place, device)
     played.to_steady_state()
     n = max(3, min(n, round(1000 * LONGEST_S / median(played.next, 1, device, warm=0))))
     last, before = [], held(device)
@@ -116,12 +117,13 @@ def stream(dit, setting, place, device, n: int, rate: float, vae=None) -> dict:
     alive(last.pop(), "the timed stream")
     found |= {"grown_bytes": held(device) - before, "tflop": counted / 1e12, "tflops": counted / found["ms_p50"] / 1e9}
     found |= {"mfu": found["tflops"] / rate, "dit_fps": 4000 * setting.chunk / found["ms_p50"]}
-    if device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if vae is not None:
-        found |= placements(vae, played, n, device)
+    return found | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
+
+
+def first_chunk(played, device) -> dict[str, float]:
+    """Milliseconds of the first chunk of a new stream."""
     played.restart()
-    return found | {"first_chunk_ms": measure(played.next, 1, device)[0]}
+    return {"first_chunk_ms": measure(played.next, 1, device)[0]}
 
 
 def where_time_goes(dit, setting, place, device) -> dict[str, float]:
@@ -158,14 +160,13 @@ def decode_on(side, vae, x_0, past):
         return vae.decode(x_0, past)
 
 
-def placements(vae, played, n, device) -> dict:
+def placements(vae, played, n, device) -> Iterator[dict[str, float]]:
     """Milliseconds of a chunk and frames per second of DiT and decoder on this one device: "serial", and on a GPU "overlap", where the
-    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream.
+    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream. One by one: a side stream takes memory of its own.
 
     played: a `stand_in.Stream` in its steady state; it begins anew.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    found = {}
     for name, side in (("serial", None), *([("overlap", torch.cuda.Stream())] if device.type == "cuda" else [])):
         past = None
         for k in range(n + 2):                                          # two chunks fill the decoder's cache and load its kernels
@@ -176,10 +177,10 @@ def placements(vae, played, n, device) -> dict:
             video, past = decode_on(side, vae, x_0, past)
         wait()
         seconds = (time.perf_counter() - began) / n
-        found |= {f"{name}_ms": 1000 * seconds, f"{name}_fps": 4 * x_0.shape[2] / seconds}
+        yield {f"{name}_ms": 1000 * seconds, f"{name}_fps": 4 * x_0.shape[2] / seconds}
     del video, past
     played.restart()
-    return found | {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
+    yield {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
 
 
 # The rivals

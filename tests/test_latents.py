@@ -53,6 +53,15 @@ def test_silent_hears_nothing_and_keeps_the_rest(batch):
     assert silent.conditions()["audio"] is None and silent.keep(text=torch.ones(len(silent)) > 0).audio is None
 
 
+def test_deployed_knows_the_face_of_the_first_picture_alone(batch):
+    from dataclasses import replace
+    moved = replace(batch, face=torch.rand(batch.face.shape, generator=torch.Generator().manual_seed(0)))
+    known = moved.deployed()
+    assert known.face.shape == batch.face.shape
+    assert all(torch.equal(known.face[:, k], moved.face[:, 0]) for k in range(batch.face.shape[1]))
+    assert all(getattr(known, name) is getattr(moved, name) for name in ("z", "cond", "audio", "weight", "text", "image"))
+
+
 def test_keep_zeroes_whole_conditions(batch):
     many, g = batch.repeat(10), torch.Generator().manual_seed(0)
     keep = {k: torch.rand(len(many), generator=g) < 0.5 for k in ("audio", "text")}

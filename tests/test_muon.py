@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from tmlib.muon import Muon, orthogonal
+from tmlib.muon import NEWTON_SCHULZ, STEPS, Muon, orthogonal
 
 SHAPES = [(24, 24), (24, 24), (48, 24), (24, 48), (24, 24)]
 
@@ -39,6 +39,28 @@ def test_steps_are_those_of_torch():
     for a, b, start in zip(ours, theirs, matrices()):
         assert (a - b).norm() < 0.02 * (b - start).norm()                 # theirs works in bfloat16
         assert (a - start).norm() > 0.01
+
+
+def test_a_kernel_is_a_matrix():
+    """(out, in, taps ...) moves as its (out, in x taps) does; and it is the same matrix that comes out of the iteration as from the textbook's."""
+    g = torch.Generator().manual_seed(0)
+    kernel = nn.Parameter(torch.randn(12, 4, 3, 3, generator=g))
+    flat = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad = torch.randn(kernel.shape, generator=g)
+    flat.grad = kernel.grad.flatten(1)
+    for p in (kernel, flat):
+        Muon([p], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(kernel.flatten(1), flat) and kernel.shape == (12, 4, 3, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 10), (1, 8, 4000)])
+def test_on_gram_matrices_as_on_the_whole(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (a, b, c), expected = NEWTON_SCHULZ, x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(STEPS):                                                # the iteration as Jordan et al. write it
+        xx = expected @ expected.mT
+        expected = a * expected + (b * xx + c * xx @ xx) @ expected
+    torch.testing.assert_close(orthogonal(x).double(), expected, atol=2e-4, rtol=0)
 
 
 def test_together_is_one_by_one():

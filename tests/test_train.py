@@ -11,6 +11,7 @@ from torch import nn
 from tiny import make_dit, make_latents
 from tmlib import config, flow, losses, train
 from tmlib.train import Optim, Player, fingerprint, generator, schedule
+from tmlib.vae import VAEConfig, VideoVAE
 
 
 class Net(nn.Module):
@@ -150,7 +151,7 @@ def test_learning_rates_follow_the_schedule(tmp_path):
     assert [s[1] for s in seen] == pytest.approx([3 * s[0] for s in seen])
 
 
-def test_muon_takes_matrices_of_blocks_only():
+def test_muon_takes_hidden_matrices_and_kernels_only():
     net = Net(0)
     net.blocks[2].weight.requires_grad_(False)
     names = {id(p): n for n, p in net.named_parameters()}
@@ -160,6 +161,14 @@ def test_muon_takes_matrices_of_blocks_only():
     assert held(adam) == {"blocks.0.bias", "blocks.1.weight", "blocks.2.bias", "head.weight", "head.bias"}
     alone, = train.build_optimisers(net, Optim(1e-3))
     assert held(alone) == held(adam) | held(muon)
+
+
+def test_muon_takes_the_kernels_of_the_codec():
+    vae = VideoVAE(VAEConfig(patch=4, encoder=(16, 16), decoder=(16, 16), blocks=1))
+    names = {id(p): n for n, p in vae.named_parameters()}
+    adam, muon = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in train.build_optimisers(vae, Optim(1e-3, muon=1e-3)))
+    assert muon == {n for n in names.values() if n.startswith(("encoder.", "decoder.")) and n.endswith("weight") and "norm" not in n}
+    assert {"analysis.weight", "synthesis.weight", "decoder.norm.weight"} <= adam
 
 
 def test_average_by_hand(tmp_path):

@@ -28,8 +28,8 @@ class Bench:
     face: torch.nn.Module
 
     def videos(self, make, batch_size: int, what: str) -> np.ndarray:
-        """make(batch, indices) -> latents, over the split; returns uint8 (n, T, H, W, 3)."""
-        one = lambda mine: torch.from_numpy(to_uint8(self.vae.decode(make(self.latents.batch(mine), mine.tolist()))[0]))
+        """make(batch as deployed, indices) -> latents, over the split; returns uint8 (n, T, H, W, 3)."""
+        one = lambda mine: torch.from_numpy(to_uint8(self.vae.decode(make(self.latents.batch(mine).deployed(), mine.tolist()))[0]))
         progress, out = Progress(len(self.latents), what), []
         for lo in range(0, len(self.latents), batch_size):
             index = torch.arange(lo, min(lo + batch_size, len(self.latents)))

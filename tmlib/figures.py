@@ -44,14 +44,15 @@ def show(path, width: int) -> None:
         display(SVG(str(path)) if Path(path).suffix == ".svg" else Image(str(path), width=width))
 
 
-def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16) -> None:
-    """Clips uint8 (T, H, W, 3), one a row, at `columns` moments spread over the shortest."""
+def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16, titles: list[str] | None = None) -> None:
+    """Clips uint8 (T, H, W, 3), one a row, at `columns` moments spread over the shortest; titles: of the columns, by default the seconds."""
     moments = np.linspace(0, min(map(len, clips)) - 1, columns).round().astype(int)
+    titles = titles or [f"{moment / fps:.1f} s" for moment in moments]
     with figure(path, len(clips), columns, (columns * 0.95, len(clips) * 1.0 + 0.25), squeeze=False) as (fig, axes):
         for row, clip, label in zip(axes, clips, labels):
-            for ax, moment in zip(row, moments):
+            for ax, moment, title in zip(row, moments, titles):
                 ax.imshow(clip[moment], interpolation="lanczos")
-                ax.set(xticks=[], yticks=[], title=f"{moment / fps:.1f} s" if ax in axes[0] else "")
+                ax.set(xticks=[], yticks=[], title=title if ax in axes[0] else "")
                 ax.spines[:].set_visible(False)
             row[0].set_ylabel(label)
 

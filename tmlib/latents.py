@@ -56,6 +56,10 @@ class Batch:
         """The same clips for a model that has not met sound."""
         return replace(self, audio=None)
 
+    def deployed(self) -> "Batch":
+        """The same clips as a stream would meet them: the face is where the first picture has it, wherever it will move."""
+        return replace(self, face=self.face[:, :1].expand_as(self.face))
+
     def keep(self, **clips: Tensor) -> "Batch":
         """Condition dropout for classifier-free guidance: zeros in place of a condition, `keep(audio=(B,) of bools)`."""
         kept = lambda x, some: x * some.to(x).view(-1, *[1] * (x.dim() - 1))

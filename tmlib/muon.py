@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal before it is applied.
 
 `torch.optim.Muon` does the same, but one matrix at a time and in bfloat16, which a processor without bfloat16 units multiplies
-hundreds of times slower than float32. Here matrices of one shape go together, in float32: no cost worth noting anywhere.
+hundreds of times slower than float32. Here matrices of one shape go together, in float32, and the iteration runs on their
+small Gram matrices: no cost worth noting anywhere. A convolution's kernel is a matrix too, (out, in x taps).
 """
 from collections import defaultdict
 
@@ -15,19 +16,24 @@ STEPS = 5
 
 
 def orthogonal(m: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of each matrix (n, rows, columns): singular values come out between 0.7 and 1.2."""
+    """Nearly the orthogonal factor of each matrix (n, rows, columns): singular values come out between 0.7 and 1.2.
+
+    Newton-Schulz multiplies x from the left by polynomials in x x^T. Their product p is found first: the long side is met twice.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = m.shape[1] > m.shape[2]
     x = m.mT if tall else m
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    gram, p = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)            # (n, short, short)
     for _ in range(STEPS):
-        xx = x @ x.mT                                                         # (n, short, short)
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        xx = p @ gram @ p                                                     # p is symmetric: of p x, the Gram matrix
+        p = a * p + (b * xx + c * xx @ xx) @ p
+    x = p @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only. Steps have the RMS of AdamW's (0.2), so that learning rates and weight decay carry over (Moonlight)."""
+    """For matrices and kernels. Steps have the RMS of AdamW's (0.2), so that learning rates and weight decay carry over (Moonlight)."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -39,10 +45,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     alike[p.shape].append(p)
-            for (rows, columns), ps in alike.items():
+            for shape, ps in alike.items():
                 for p in ps:
                     self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                 ahead = torch.stack([ranks.whole(p.grad.lerp(self.state[p]["momentum"], group["momentum"])) for p in ps])      # Nesterov
-                step = 0.2 * max(rows, columns) ** 0.5 * group["lr"]
-                for p, o in zip(ps, orthogonal(ahead.float())):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(ranks.cut(o.to(p.dtype), p), alpha=-step)
+                ahead = ahead.float().flatten(2)                              # (n, rows, columns)
+                step = 0.2 * max(ahead.shape[1:]) ** 0.5 * group["lr"]
+                for p, o in zip(ps, orthogonal(ahead)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(ranks.cut(o.view(shape).to(p.dtype), p), alpha=-step)

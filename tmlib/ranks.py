@@ -26,6 +26,8 @@ def mesh():
     """All processes in a row, each with its GPU, or on CPUs (gloo). They meet in a file, whose path the environment holds."""
     import torch.distributed as dist
     gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(0)                                             # each process sees one
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", f"file://{os.environ['TM_MEET']}", timeout=LONGEST, rank=RANK, world_size=WORLD)
     return dist.init_device_mesh("cuda" if gpu else "cpu", (WORLD,))
 
@@ -43,15 +45,20 @@ def shard(dit: nn.Module) -> nn.Module:
 
 def cut(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank holds, as `like` is held: this rank's piece of it, or just itself."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-    if not isinstance(like, DTensor):
+    if not in_pieces(like):
         return whole
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(t: Tensor) -> Tensor:
     """A tensor with all its pieces; every rank must ask."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    return t.full_tensor() if in_pieces(t) else t
+
+
+def in_pieces(t: Tensor) -> bool:
+    """Whether ranks share this tensor, a DTensor: known without importing its module, which takes most of a second."""
+    return hasattr(t, "full_tensor")
 
 
 def parts(batch: int, at_once: int | None = None) -> list[slice]:

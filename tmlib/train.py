@@ -4,7 +4,7 @@ What is special
 - Every random draw of step s comes from a generator seeded by (seed, s, player): nothing to save, nothing to drift. A run that
   was killed and resumed gives the same weights, bit for bit, as one that was not.
 - Resume state lives in data/scratch/<stage>-<fingerprint of parameters, code and inputs>/: other parameters never pick it up.
-- Matrices take Muon, everything else AdamW; learning rates warm up and decay linearly to zero.
+- Hidden matrices and kernels take Muon, everything else AdamW; learning rates warm up and decay linearly to zero.
 """
 import hashlib
 import json
@@ -29,7 +29,7 @@ from .sampling import denoiser
 
 @dataclass
 class Optim:
-    """How one player learns; `muon` is the learning rate of matrices inside the blocks (0: AdamW for all)."""
+    """How one player learns; `muon` is the learning rate of the matrices and kernels of HIDDEN (0: AdamW for all)."""
     lr: float
     muon: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -54,6 +54,7 @@ class Player:
 
 
 LARGE = 1 << 30
+HIDDEN = ("blocks.", "encoder.", "decoder.")     # where Muon's matrices are: the DiT's blocks, the codec's networks
 
 
 def fingerprint(*things) -> str:
@@ -88,9 +89,9 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def build_optimisers(model: nn.Module, o: Optim) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of `blocks.*`, AdamW for embeddings, norms, biases, heads and convolutions."""
+    """Muon for the matrices and kernels of HIDDEN, AdamW for what stands around them, for norms, biases and tables."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrix = lambda n, p: o.muon > 0 and p.ndim == 2 and n.startswith("blocks.") and min(p.shape) > 8
+    matrix = lambda n, p: o.muon > 0 and n.startswith(HIDDEN) and min(len(p), p.numel() // len(p)) > 8
     rest = [p for n, p in named if not matrix(n, p)]
     out = [torch.optim.AdamW(rest, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay)]
     if len(rest) < len(named):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
-MOTION = 8.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
-JOINS = 6.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
+MOTION = 4.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
+JOINS = 4.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
 LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 
 
@@ -102,7 +102,8 @@ class Net(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, kernel_t))
         self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
                                    for a, b in zip(steps, steps[1:]))
-        self.norm, self.out = ChannelNorm(steps[-1]), CausalConv3d(steps[-1], c_out, 2 if up else 1)
+        self.norm = ChannelNorm(steps[-1])
+        self.out = CausalConv3d(steps[-1], c_out, 2, kernel=1) if up else CausalConv3d(steps[-1], c_out)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         x = self.inp(x, past)

@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from . import ranks
 from .config import RANK, UserError, atomic
@@ -163,7 +162,7 @@ def put(model, wanted, name, tensor, dtype, path):
         raise UserError(f"{path}: unexpected weight {name}; is config.json of another model?")
     if tensor.shape != wanted[name].shape:
         raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}")
-    if isinstance(wanted[name], DTensor):
+    if ranks.in_pieces(wanted[name]):
         with torch.no_grad():
             wanted[name].copy_(ranks.cut(tensor, wanted[name]))
         return

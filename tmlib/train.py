@@ -54,7 +54,7 @@ class Player:
 
 
 LARGE = 1 << 30
-HIDDEN = ("blocks.", "encoder.", "decoder.")     # where Muon's matrices are: the DiT's blocks, the codec's networks
+HIDDEN = "blocks.", "encoder.", "decoder.", "convs."       # where Muon's matrices are: in the DiT, the codec, the speech encoder
 
 
 def fingerprint(*things) -> str:

@@ -45,7 +45,7 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Ten
     progress, target = Progress(p.pairs, "teacher solutions"), []
     for some in torch.arange(p.pairs).split(p.batch):
         target.append(ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),
-                                                                       p.pair_steps, p.shift, p.guidance)))
+                                                                       p.pair_steps, p.pair_shift, p.guidance)))
         progress.step(len(some))
     pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
     for to in (path, kept):
@@ -86,7 +86,7 @@ def drawn(shape, g: torch.Generator, part: slice, first: Tensor | None = None, d
 
 
 def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
-    """Player's loss, in parts: at a random step the student's x_0 must meet the teacher's solution, borders between chunks included."""
+    """Player's loss, in parts: at a random step the student's x_0 must meet the teacher's solution, and its change across chunks' borders."""
     def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)[part]
         batch, target = latents.batch(pairs["index"][j]).to(dit.device), pairs["target"][j].to(dit.device)

@@ -14,7 +14,7 @@ def judged(**numbers):
 
 def test_rows_are_filled_and_words_stay():
     text = readme.filled(TEXT, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91))
-    assert "| C1 | lips | lip_r 0.900 (0.880 to 0.910) | ≥ 0.850 | holds |" in text
+    assert "| C1 | lips | lip r, all unseen: 0.900 (0.880 to 0.910) | ≥ 0.850 | holds |" in text
     assert "| C9 | real-time | – |  | not measured: needs an H100-class GPU" in text
     assert text.startswith("before\n") and text.endswith("after | C1 | stays |\n")
     assert readme.filled(text, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91)) == text

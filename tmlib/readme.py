@@ -18,7 +18,7 @@ def cells(row: dict) -> tuple[str, str, str]:
     if row["value"] is None:
         return "–", "", f"not measured: {row['reason']}"
     interval = " ({} to {})".format(*map(shown, row["ci95"])) if row["ci95"] else ""
-    return f"{row['metric'].partition(':')[2]} {shown(row['value'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
+    return f"{row['why'].partition(';')[0]}: {shown(row['value'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
 
 
 def filled(text: str, claims: dict[str, dict]) -> str:

@@ -209,6 +209,13 @@ def test_the_contact_sheet_shows_its_clips(tmp_path):
     assert (np.abs(picture - (200, 30, 30)).max(1) < 12).mean() > 0.3
 
 
+def test_a_contact_sheet_may_name_its_columns(tmp_path):
+    sheet = lambda name, **titles: figures.contact_sheet([np.zeros((17, 8, 8, 3), np.uint8)], [""], tmp_path / name, columns=2, **titles)
+    sheet("a.png"), sheet("b.png", titles=["0.0 s", "1.0 s"]), sheet("c.png", titles=["picture", "chunk 9"])
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c                                                   # by default the seconds
+
+
 def test_a_moving_picture_moves_and_has_the_same_bytes_twice(tmp_path):
     from PIL import Image
     ramp = np.arange(0, 200, 20, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)            # (10, 16, 16, 3)

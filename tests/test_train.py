@@ -10,6 +10,7 @@ from torch import nn
 
 from tiny import make_dit, make_latents
 from tmlib import config, flow, losses, train
+from tmlib.audio import SpeechEncoder
 from tmlib.train import Optim, Player, fingerprint, generator, schedule
 from tmlib.vae import VAEConfig, VideoVAE
 
@@ -163,12 +164,14 @@ def test_muon_takes_hidden_matrices_and_kernels_only():
     assert held(alone) == held(adam) | held(muon)
 
 
-def test_muon_takes_the_kernels_of_the_codec():
-    vae = VideoVAE(VAEConfig(patch=4, encoder=(16, 16), decoder=(16, 16), blocks=1))
-    names = {id(p): n for n, p in vae.named_parameters()}
-    adam, muon = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in train.build_optimisers(vae, Optim(1e-3, muon=1e-3)))
-    assert muon == {n for n in names.values() if n.startswith(("encoder.", "decoder.")) and n.endswith("weight") and "norm" not in n}
-    assert {"analysis.weight", "synthesis.weight", "decoder.norm.weight"} <= adam
+@pytest.mark.parametrize("net, taken, left", [
+    (VideoVAE(VAEConfig(patch=4, encoder=(16, 16), decoder=(16, 16), blocks=1)), ("encoder.", "decoder."), {"analysis.weight", "synthesis.weight", "decoder.norm.weight"}),
+    (SpeechEncoder(), ("convs.",), {"inp.weight", "norms.0.weight", "out.weight", "head.weight"})], ids=["codec", "speech"])
+def test_muon_takes_kernels_too(net, taken, left):
+    names = {id(p): n for n, p in net.named_parameters()}
+    adam, muon = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in train.build_optimisers(net, Optim(1e-3, muon=1e-3)))
+    assert muon == {n for n in names.values() if n.startswith(taken) and n.endswith("weight") and "norm" not in n}
+    assert left <= adam
 
 
 def test_average_by_hand(tmp_path):

@@ -93,6 +93,13 @@ def test_rope_table_made_in_inference_mode_serves_training():
     assert x.grad is not None
 
 
+def test_under_autocast_a_cpu_attends_in_float32():
+    q, k, v = (torch.randn(1, 2, 9, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = att.attention(q, k, v)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, att.attention(q.float(), k.float(), v.float()).bfloat16())
+
+
 # The cache
 
 def fill(cache, value, grad=False):

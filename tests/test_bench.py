@@ -175,6 +175,16 @@ def test_without_a_compiler_the_rest_is_measured(monkeypatch):
     assert set(result["runs"]) == {"2x1 qkv+attention"} and result["missing"]["compile"] == "RuntimeError: no C compiler"
 
 
+def test_without_an_fp8_product_the_rest_is_measured(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("row-wise scaling is not supported")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(fast, "scaled_product", broken)
+    result = bench.bench(bench.arguments().parse_args([*QUICK, "--dtype", "fp8", "--parts", "eager"]), CPU)
+    assert result["missing"]["fp8 product"] == "RuntimeError: row-wise scaling is not supported" and set(result["runs"]) == {"2x1 eager"}
+    assert result["machine"]["matmul_tflops"] > 0 and "matmul_fp8_rowwise_tflops" not in result["machine"]
+
+
 def test_a_spent_budget_leaves_what_there_is():
     saved = []
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--budget-minutes", "1e-9"]), CPU, lambda r: saved.append(json.dumps(r)))

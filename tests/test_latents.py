@@ -101,7 +101,7 @@ def test_missing_or_broken_latents_are_told(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0)
+P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0, picture_weight=0.5)
 
 
 class FakeClips:
@@ -128,11 +128,14 @@ def pooled(video):
     return torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, :, ::4].repeat(1, 6, 1, 1, 1)[:, :16]
 
 
+COST = torch.arange(16.0).square()
+
+
 def encoded(path, encode=pooled):
     """A split made by such networks; `encode` is the codec's."""
     encoder = SimpleNamespace(tokens=lambda wave, first, count: torch.full((count, 2, 3), float(wave[0])))
     face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5], prompt=latents.prompt)
-    latents.encode_split(FakeClips(), SimpleNamespace(encode=encode), encoder, face, P, path)
+    latents.encode_split(FakeClips(), SimpleNamespace(encode=encode, cost=COST), encoder, face, P, path)
     return path
 
 
@@ -145,7 +148,9 @@ def test_encode_split_by_hand(tmp_path):
     assert b.audio.shape == (n, 4, 2, 3) and b.audio[:, 0, 0, 0].tolist() == list(range(n))
     assert b.face.shape == (n, 4, 2, 2) and (b.face == 1).all()
     touched = torch.from_numpy(per_latent(box_map(clips.mouth, 32, 4)))[:, None]
-    assert b.weight.shape == (n, 1, 4, 4, 4) and torch.equal(b.weight, torch.where(touched > 0, 4.0, 1.0))
+    channels = (torch.arange(16.0) / 7.5).view(16, 1, 1, 1)                              # the cost's square root, over its mean
+    assert b.weight.shape == (n, 16, 4, 4, 4)
+    torch.testing.assert_close(b.weight, torch.where(touched > 0, 4.0, 1.0) * channels)
     assert 0 < touched.mean() < 1
     for i, text in enumerate(b.text):
         assert torch.equal(text, latents.prompt(data.STYLES[i % 3], ("speaking", "listening", None)[i % 3], 10))

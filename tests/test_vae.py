@@ -132,6 +132,20 @@ def test_statistics_normalise_and_cancel():
     torch.testing.assert_close(vae.decode(z)[0], seen, atol=1e-5, rtol=0)
 
 
+def test_a_channel_costs_what_its_errors_do_to_the_picture():
+    """In a linear codec: nothing where it is not drawn, four times as much where it is drawn twice as strongly."""
+    torch.manual_seed(0)
+    vae, z = VideoVAE(VAEConfig(**SMALL)), 0.01 * randn(2, 16, 5, 8, 8)
+    with torch.no_grad():
+        vae.synthesis.weight.copy_(0.01 * randn(768, 1, 2, 1, 1).expand(-1, 16, -1, -1, -1)), vae.synthesis.bias.zero_()
+        vae.synthesis.weight[:, 3] = 0
+        vae.synthesis.weight[:, 5] *= 2
+    cost = vae.costs(z)
+    assert cost.mean() == pytest.approx(1) and cost[3] == 0 and cost[5] / cost[6] == pytest.approx(4, rel=0.1)
+    vae.set_statistics(z + 7)
+    torch.testing.assert_close(vae.cost, cost, atol=0.05, rtol=0.1)                      # the same in normalised latents
+
+
 def test_start_is_a_linear_codec_of_pictures_and_of_motion():
     """Ten patterns of a standing picture come back exactly; a film comes back better than by two principal component analyses."""
     torch.manual_seed(0)

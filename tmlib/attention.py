@@ -107,6 +107,9 @@ def predicate(kind):
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v for q (B, N, L, D) and k, v (B, N, L', D); mask: bool, True = may attend."""
+    if torch.is_autocast_enabled("cpu"):                     # its gradient takes three times as long in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -106,7 +106,9 @@ class Session:
     def machine(self):
         """What it can do at most, its best attention kernel, whether it compiles; then the latents that every form is held against."""
         args, device, dtype, first = self.args, self.device, DTYPES[self.args.dtype], self.args.settings[0]
-        self.result["machine"] = timing.ceilings(dtype, device, args.dtype == "fp8", args.repeats)
+        most = self.result["machine"] = timing.ceilings(dtype, device, args.repeats)
+        if args.dtype == "fp8":
+            self.attempt("fp8 product", lambda: most.update(timing.fp8_ceiling(most["matmul_n"], dtype, device, args.repeats)))
         ms = self.result["attention_ms"] = timing.attention_kernels(self.c, first.chunk, math.prod(self.place), dtype, device, args.repeats)
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
         self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get)

@@ -28,12 +28,12 @@ def prompt(style: str | None, mode: str | None, dim: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- latents
 @dataclass
 class Batch:
-    """What the DiT trains on. B clips, F latent frames; `weight` is the loss weight per latent place."""
+    """What the DiT trains on. B clips, F latent frames; `weight` is the loss weight of each latent."""
     z: Tensor                                    # (B, 16, F, h, w)
     cond: Tensor                                 # (B, 20, F, h, w): mask 4 | image latents 16
     audio: Tensor | None                         # (B, F, tokens, audio_dim); None: the model hears nothing
     face: Tensor                                 # (B, F, h/2, w/2) face region in token units
-    weight: Tensor                               # (B, 1, F, h, w)
+    weight: Tensor                               # (B, 16, F, h, w); (B, 1, F, h, w) where all channels count alike
     text: Tensor                                 # (B, 3, text_dim)
     image: Tensor                                # (B, 17, image_dim)
 
@@ -80,7 +80,7 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
-    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight.
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, picture_weight.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
     """
@@ -119,10 +119,12 @@ def encode(clips: Clips, index: range, vae, encoder, conditions, p) -> dict[str,
     video = to_float(clips.frames[some])
     z = vae.encode(video).cpu()
     touched = lambda boxes, cells: torch.from_numpy(per_latent(box_map(boxes[some], size, cells)))
+    each = vae.cost.cpu().view(-1, 1, 1, 1) ** p.picture_weight                                # (16, 1, 1, 1)
     return {"z": z, "cond": i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu(),
             "image": conditions.tokens(video[:, :, 0]),
             "audio": torch.stack([encoder.tokens(clips.wave(i), 0, n_latent).cpu() for i in index]),
-            "face": touched(clips.face, z.shape[-1] // 2), "weight": 1 + (p.mouth_weight - 1) * touched(clips.mouth, z.shape[-1])[:, None]}
+            "face": touched(clips.face, z.shape[-1] // 2),
+            "weight": each / each.mean() * (1 + (p.mouth_weight - 1) * touched(clips.mouth, z.shape[-1])[:, None])}
 
 
 def prompts(meta: list[dict], conditions, dim: int) -> dict[str, Tensor]:

@@ -62,20 +62,24 @@ def held(device) -> int:
 
 # The machine
 
-def ceilings(dtype, device, fp8=False, repeats=20) -> dict:
+def ceilings(dtype, device, repeats=20) -> dict:
     """TFLOP/s of a large square matrix product of random numbers, GB/s of a copy (bytes read and written)."""
     n = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     rate = 2 * n ** 3 / median(lambda: a @ b, repeats, device) / 1e9
     found = {"matmul_tflops": rate, "matmul_n": n, "matmul_dtype": str(dtype).removeprefix("torch.")}
-    if fp8:
-        (a, scale_a), (b, scale_b), bias = fast.quantise(a), fast.quantise(b), torch.zeros(n, device=device)
-        product = lambda: fast.scaled_product(a, b, scale_a, scale_b.T.contiguous(), bias, dtype)
-        found["matmul_fp8_rowwise_tflops"] = 2 * n ** 3 / median(product, repeats, device) / 1e9
     source = torch.randn(2 ** (30 if device.type == "cuda" else 20) // 4, device=device)
     target = torch.empty_like(source)
     found["copy_gb_per_s"] = 2 * source.nbytes / median(lambda: target.copy_(source), repeats, device) / 1e6
     return found
+
+
+def fp8_ceiling(n: int, dtype, device, repeats=20) -> dict:
+    """TFLOP/s of that product of n x n with its operands in e4m3, scaled by rows and columns."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    (a, scale_a), (b, scale_b), bias = fast.quantise(a), fast.quantise(b), torch.zeros(n, device=device)
+    product = lambda: fast.scaled_product(a, b, scale_a, scale_b.T.contiguous(), bias, dtype)
+    return {"matmul_fp8_rowwise_tflops": 2 * n ** 3 / median(product, repeats, device) / 1e9}
 
 
 def attentions(c, chunk: int, tokens: int) -> list[tuple[int, int, int]]:

@@ -170,6 +170,7 @@ class VideoVAE(nn.Module):
         self.encoder.out.bias.data[cfg.z_dim:] = LOG_VARIANCE
         self.register_buffer("mean", torch.zeros(1, cfg.z_dim, 1, 1, 1))
         self.register_buffer("std", torch.ones(1, cfg.z_dim, 1, 1, 1))
+        self.register_buffer("cost", torch.ones(cfg.z_dim))                   # see `costs`
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Unnormalised mean and log-variance, each (B, 16, F, H/8, W/8)."""
@@ -215,9 +216,23 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, latents: Tensor) -> None:
-        """Means per channel and one deviation for all, of raw latents (n, 16, F, h, w): what `encode` takes away."""
+        """Means per channel and one deviation for all, of raw latents (n, 16, F, h, w): what `encode` takes away; and `costs`."""
         self.mean.copy_(latents.mean((0, 2, 3, 4)).view_as(self.mean))
         self.std.fill_((latents - self.mean).std())
+        self.cost.copy_(self.costs((latents[:4] - self.mean) / self.std))
+
+    @torch.no_grad()
+    def costs(self, z: Tensor, error: float = 0.1) -> Tensor:
+        """What a small error in each channel of normalised z costs: the mean squared change of the picture, (16,), over their mean.
+
+        Twenty times more in a channel that holds the colours of a cell than in one that holds motion.
+        """
+        g, before, change = torch.Generator().manual_seed(0), self.decode(z)[0], []
+        for k in range(z.shape[1]):
+            moved = z.clone()
+            moved[:, k] += error * torch.randn(z[:, k].shape, generator=g)
+            change.append((self.decode(moved)[0] - before).square().mean())
+        return torch.stack(change) / torch.stack(change).mean()
 
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
         """Weighted L1 of frames and of their differences in space, squared differences in time, and KL; weight (B, 1, T, H, W).

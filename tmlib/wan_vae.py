@@ -33,6 +33,7 @@ class WanVAE(nn.Module):
         per_channel = lambda values: torch.tensor(values, dtype=torch.float32, device=net.device).view(1, -1, 1, 1, 1)
         self.register_buffer("mean", per_channel(net.config.latents_mean), persistent=False)
         self.register_buffer("scale", 1 / per_channel(net.config.latents_std), persistent=False)
+        self.register_buffer("cost", torch.ones(1, device=net.device), persistent=False)         # all channels count alike, as Wan2.1 was trained
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mode, float32."""

@@ -38,8 +38,8 @@ def good():
         "tradeoff": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2),
         "conversation": dict(turns=12, reply_ms_p95=800.0),
         "robustness": dict(lip_r_ratio_accent=0.97, lip_r_ratio_rate=0.95, lip_r_ratio_noise=0.91),
-        "other_teacher": dict(teacher_ratio=0.96),
-        "user_study": dict(preference=0.62),
+        "other_teacher": dict(teacher_ratio=0.96, teacher_lip_r=0.85, student_lip_r_shuffled=0.01),
+        "user_study": dict(preference=0.62, voters=24),
     }
 
 
@@ -300,7 +300,7 @@ def test_the_page_shows_failures_and_gaps_as_such(root):
     config.save_json(root / "reports" / "metrics" / "teacher.json", measured(good(), teacher__lip_r_line=0.5)["teacher"])
     report.build(root)
     text = Page(root / "reports" / "index.html").text
-    assert "12 of 14 hold, 1 fails, 1 not measured" in text and "✗ fails" in text and "Nobody has been asked yet." in text
+    assert "12 of 14 hold, 1 fails, 1 not measured" in text and "✗ fails" in text and "Nobody has been asked yet: make study." in text
     saved = json.loads((root / "reports" / "claims.json").read_text())
     assert saved["C2"]["holds"] is False and saved["C2"]["value"] == 0.5 and saved["N3"]["value"] is None
 

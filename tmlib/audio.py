@@ -32,11 +32,15 @@ class SpeechConfig:
     hidden: int = 96
     layers: int = 4
     kernel: int = 5
+    past: tuple[int, ...] = ()                   # dilations of further layers, which look back only: who speaks here, and how loud
     mels: int = 64
     classes: int = 41                            # phonemes, silence included
     fps: int = 16
     per_frame: int = 2                           # tokens per video frame
     context: int = 1                             # video frames of context on each side of a latent's window
+
+    def __post_init__(self):
+        self.past = tuple(self.past)                                          # a file has a list
 
 
 class LogMel(nn.Module):
@@ -56,15 +60,18 @@ class LogMel(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """Residual convolutions over log-mels, 100 Hz -> 50 Hz, with a phoneme head that trains them."""
+    """Residual convolutions over log-mels, 100 Hz -> 50 Hz, with a phoneme head that trains them. What comes later costs delay, so far sight is to the past."""
 
     def __init__(self, cfg: SpeechConfig = SpeechConfig()):
         super().__init__()
-        self.cfg, k = cfg, cfg.kernel
+        self.cfg = cfg
+        dilations = [1] * cfg.layers + list(cfg.past)
         self.mel = LogMel(cfg.mels)
         self.inp = nn.Conv1d(cfg.mels, cfg.hidden, 4, stride=2, padding=1)
-        self.convs = nn.ModuleList(nn.Conv1d(cfg.hidden, cfg.hidden, k, padding=k // 2) for _ in range(cfg.layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(cfg.hidden) for _ in range(cfg.layers))
+        self.convs = nn.ModuleList(nn.Conv1d(cfg.hidden, cfg.hidden, cfg.kernel, dilation=d) for d in dilations)
+        self.norms = nn.ModuleList(nn.LayerNorm(cfg.hidden) for _ in dilations)
+        side = (cfg.kernel // 2, cfg.kernel // 2)
+        self.sides = [side] * cfg.layers + [((cfg.kernel - 1) * d, 0) for d in cfg.past]
         self.out = nn.Linear(cfg.hidden, cfg.dim)
         self.norm = nn.LayerNorm(cfg.dim)
         self.head = nn.Linear(cfg.dim, cfg.classes)
@@ -72,8 +79,8 @@ class SpeechEncoder(nn.Module):
     def features(self, wave: Tensor) -> Tensor:
         """Waveform (B, n), n a multiple of 320 -> features (B, n / 320, dim)."""
         x = self.inp(self.mel(wave).mT)                                       # (B, hidden, L)
-        for conv, norm in zip(self.convs, self.norms):
-            x = x + conv(F.gelu(norm(x.mT).mT))
+        for conv, norm, sides in zip(self.convs, self.norms, self.sides):
+            x = x + conv(F.pad(F.gelu(norm(x.mT).mT), sides))
         return self.norm(self.out(F.gelu(x.mT)))                              # (B, L, dim)
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -82,8 +89,13 @@ class SpeechEncoder(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Features on either side that one feature depends on."""
+        """Later features that one feature depends on."""
         return self.cfg.layers * (self.cfg.kernel // 2) + 2
+
+    @property
+    def memory(self) -> int:
+        """Earlier features that one feature depends on."""
+        return self.reach + (self.cfg.kernel - 1) * sum(self.cfg.past)
 
     @property
     def tokens_per_latent(self) -> int:
@@ -97,7 +109,7 @@ class SpeechEncoder(nn.Module):
     @property
     def history_samples(self) -> int:
         """Sound that must be kept before a latent frame's first video frame."""
-        return int(self.cfg.context * RATE / self.cfg.fps) + (self.reach + 2) * HOP
+        return int(self.cfg.context * RATE / self.cfg.fps) + (self.memory + 2) * HOP
 
     def times(self, first: int, n: int) -> Tensor:
         """When each token listens, in seconds: (n, tokens); before the clip begins, its first moment repeats."""
@@ -115,7 +127,7 @@ class SpeechEncoder(nn.Module):
         """
         device = self.head.weight.device
         place = self.times(first, n).to(device) * (RATE / HOP) - 0.5          # in features, (n, tokens)
-        lo = int(place.min().floor().item()) - self.reach
+        lo = int(place.min().floor().item()) - self.memory
         hi = int(place.max().floor().item()) + 2 + self.reach
         feats = self.features(cut(wave, lo * HOP - start, hi * HOP - start).to(device)[None])[0]
         left = place.floor()
@@ -149,15 +161,15 @@ def other_voice(wave: Tensor, ids: Tensor, g: torch.Generator, reach: float = 0.
 
 
 def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
-    """Training augmentation (B, n): random loudness; 5-40 dB below the speech noise of random colour, or one to three others talking."""
+    """Training augmentation (B, n): random loudness; up to 30 dB below the speech noise of random colour or, oftener, one to three others talking."""
     B = wave.shape[0]
     u = lambda lo, hi: torch.empty(B, 1).uniform_(lo, hi, generator=g)
     rms = lambda x: x.square().mean(1, keepdim=True).sqrt()
     noise = torch.randn(wave.shape, generator=g)
     noise = noise - u(0.0, 0.95) * F.pad(noise, (1, 0))[:, :-1] * torch.where(u(-1, 1) > 0, 1.0, -1.0)
     crowd = sum(wave.roll(k, 0) * (u(0, 3) > k - 1) for k in (1, 2, 3))       # the batch's other voices
-    noise = torch.where(u(-1, 1) > 0, crowd, noise)
-    return (wave + noise * rms(wave) / (rms(noise) + 1e-6) * 10 ** (-u(5, 40) / 20)) * 10 ** (u(-12, 6) / 20)
+    noise = torch.where(u(0, 1) < 0.7, crowd, noise)
+    return (wave + noise * rms(wave) / (rms(noise) + 1e-6) * 10 ** (-u(0, 30) / 20)) * 10 ** (u(-12, 6) / 20)
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""unet: a velocity as the DiT's, from a whole clip; starts at the prior; trains, teaches and is saved whole."""
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tiny import make_latents, stir
+from tmlib import flow, sampling
+from tmlib.config import UserError
+from tmlib.sampling import denoiser
+from tmlib.unet import UNetConfig, VideoUNet, save_unet
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_latents(tmp_path_factory.mktemp("latents"))
+
+
+def make(latents, prior=True, **changes):
+    s = latents.store
+    torch.manual_seed(0)
+    return VideoUNet(UNetConfig(s["text"].shape[-1], s["image"].shape[-1], s["audio"].shape[-1], s["audio"].shape[-2],
+                                latents.spread() if prior else None, **{"widths": (8, 16), "blocks": 1, "known": 16, **changes}))
+
+
+def given(latents, n=2):
+    batch = latents.batch(torch.arange(n))
+    return batch, torch.randn(batch.z.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([800.0, 300.0][:n])
+
+
+@pytest.mark.parametrize("blocks", (1, 3))
+def test_it_begins_as_the_prior(latents, blocks):
+    """Before training it knows what `flow.reference_prior` knows; without a prior, nothing at all."""
+    batch, x_t, t = given(latents)
+    unet = make(latents, blocks=blocks)
+    guess = flow.reference_prior(x_t, batch.cond[:, 4:], unet.std_at(x_t), t)[1]
+    torch.testing.assert_close(denoiser(unet, batch)(x_t, t), guess)
+    assert not denoiser(make(latents, prior=False), batch)(x_t, t).any()
+
+
+def test_every_condition_counts_and_only_for_its_clip(latents):
+    batch, x_t, t = given(latents)
+    unet = stir(make(latents), 0.1)
+    v = denoiser(unet, batch)(x_t, t)
+    assert v.shape == x_t.shape and v.dtype == x_t.dtype
+    for name in ("cond", "audio", "face", "text", "image"):
+        other = batch.each(torch.clone)
+        getattr(other, name)[0] += 1.0
+        change = (denoiser(unet, other)(x_t, t) - v).abs().amax((1, 2, 3, 4))
+        assert change[0] > 1e-4 and change[1] == 0, name
+    assert (denoiser(unet, batch)(x_t, t + 100) - v).abs().amax() > 1e-4
+
+
+def test_sound_is_heard_in_its_own_time(latents):
+    """A latent frame's sound reaches as many frames as there are convolutions over time, before and after: it is no causal model."""
+    batch, x_t, t = given(latents, 1)
+    unet, other = stir(make(latents), 0.1), batch.each(torch.clone)
+    other.audio[:, 3] += 1.0
+    changed = (denoiser(unet, other)(x_t, t) - denoiser(unet, batch)(x_t, t)).abs().amax((0, 1, 3, 4))
+    far = [abs(k - 3) > len(unet.blocks) for k in range(len(changed))]
+    assert changed[3] == changed.max() and changed[2] > 0 and changed[4] > 0
+    assert all((c == 0) == f or not f for c, f in zip(changed, far))
+    with pytest.raises(UserError, match="whole clips only"):
+        denoiser(unet, batch, mask="sparse_causal")(x_t, t)
+
+
+def test_it_is_sampled_with_guidance_as_a_dit_is(latents):
+    batch, x_t, t = given(latents)
+    unet = stir(make(latents), 0.1).eval().requires_grad_(False)
+    with_sound, without = (denoiser(unet, b)(x_t, t) for b in (batch, batch.keep(audio=torch.zeros(2))))
+    torch.testing.assert_close(denoiser(unet, batch, 1.5)(x_t, t), flow.guided(with_sound, without, 1.5), atol=1e-5, rtol=1e-4)
+    made = sampling.teacher(unet, batch, x_t, 3, 5.0, 1.5)
+    assert made.shape == batch.z.shape and made.isfinite().all()
+
+
+def test_saved_with_its_shape(latents, tmp_path):
+    unet = stir(make(latents), 0.1)
+    save_unet(unet, tmp_path / "unet.safetensors")
+    with safe_open(tmp_path / "unet.safetensors", "pt") as f:
+        again = VideoUNet(UNetConfig(**json.loads(f.metadata()["config"])))
+        again.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+    batch, x_t, t = given(latents)
+    assert torch.equal(denoiser(unet, batch)(x_t, t), denoiser(again, batch)(x_t, t))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tiny import make_latents, stir
-from tmlib import flow, sampling
+from tiny import distillation, make_dit, make_latents, stir
+from tmlib import distill, flow, sampling
 from tmlib.config import UserError
 from tmlib.sampling import denoiser
 from tmlib.unet import UNetConfig, VideoUNet, save_unet
@@ -72,6 +72,21 @@ def test_it_is_sampled_with_guidance_as_a_dit_is(latents):
     torch.testing.assert_close(denoiser(unet, batch, 1.5)(x_t, t), flow.guided(with_sound, without, 1.5), atol=1e-5, rtol=1e-4)
     made = sampling.teacher(unet, batch, x_t, 3, 5.0, 1.5)
     assert made.shape == batch.z.shape and made.isfinite().all()
+
+
+def test_it_teaches_a_dit(latents, tmp_path):
+    """Its solutions and scores reach a student of another kind, and only the student learns from them."""
+    p, unet = distillation(), stir(make(latents), 0.1).eval().requires_grad_(False)
+    student, critic = make_dit(), make_dit(1)
+    pairs = distill.solve(unet, latents, p, tmp_path / "kept", tmp_path / "pairs")
+    noise = sampling.clip_noise(pairs["seed"][:1], latents.shape)
+    by_hand = sampling.teacher(unet, latents.batch(pairs["index"][:1]), noise, p.pair_steps, p.pair_shift, p.guidance)
+    torch.testing.assert_close(pairs["target"][:1], by_hand, atol=1e-4, rtol=1e-4)
+    for loss in (*distill.regression_loss(student, latents, pairs, p), *distill.matching_losses(student, critic, unet, latents, pairs, p)[0]):
+        student.zero_grad()
+        loss(torch.Generator().manual_seed(0), 0)["loss"].backward()
+        assert all(w.grad is None or w.grad.isfinite().all() for w in student.parameters()) and any(w.grad is not None and w.grad.any() for w in student.parameters())
+        assert all(w.grad is None for w in (*unet.parameters(), *critic.parameters()))
 
 
 def test_saved_with_its_shape(latents, tmp_path):

@@ -243,7 +243,8 @@ def _count(args) -> int:
     found = count(args.folder, args.votes)
     config.save_json(out := config.METRICS / "user_study.json", found)
     print(f"{out}: {100 * found['preference']:.0f} % ({100 * found['preference_lo']:.0f} to {100 * found['preference_hi']:.0f}) would rather watch ours than "
-          f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties")
+          f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties. "
+          "For N3 in the report: dvc repro --force --single-item report")
     if found["voters"] < VOTERS:
         print(f"too few: N3 asks for {VOTERS} voters; with {found['voters']} it does not hold, whatever they prefer")
     return 0

@@ -128,6 +128,21 @@ def test_a_metric_may_say_itself_why_it_is_missing():
     assert "one core was free" in report.claims(metrics)["C6"]["reason"]
 
 
+def test_the_weakest_bar_stands_for_its_claim():
+    """A bar missed clearly comes before one missed narrowly, one not measured, one cleared narrowly, one cleared; then their own order counts."""
+    def shown(**rates):
+        numbers = {f"lip_r_ratio_{kind}{end}": v for kind, (value, lo, hi) in rates.items() for end, v in (("", value), ("_lo", lo), ("_hi", hi))}
+        row = report.claims(good() | {"robustness": {"scale": "mini", **numbers}})["N1"]
+        return row["metric"].rpartition("_")[2], row["holds"], row["clear"]
+
+    clear, narrow, missed, nearly = (0.97, 0.95, 0.99), (0.91, 0.85, 0.95), (0.8, 0.7, 0.85), (0.89, 0.8, 0.95)
+    assert shown(accent=clear, rate=clear, noise=clear) == ("accent", True, True)
+    assert shown(accent=clear, rate=narrow, noise=narrow) == ("rate", True, False)
+    assert shown(accent=narrow, noise=clear) == ("rate", None, None)
+    assert shown(accent=nearly, noise=narrow) == ("accent", False, False)
+    assert shown(accent=nearly, rate=missed, noise=missed) == ("rate", False, True)
+
+
 def test_a_failed_bar_decides_before_a_missing_one():
     row = report.claims(measured(good(), teacher__lip_r=None, teacher__lip_offset_frames=3))["C1"]
     assert row["holds"] is False and row["metric"] == "teacher:lip_offset_frames"

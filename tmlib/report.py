@@ -147,13 +147,15 @@ def tradeoff(metrics: dict[str, dict]) -> dict:
 
 def claims(metrics: dict[str, dict]) -> dict[str, dict]:
     """CLAIMS judged by metrics, in the form of reports/claims.json. `parts` has every bar, the claim itself the deciding one:
-    the first one missed, else the first not measured, else the first. `clear`: the whole interval is on that side."""
+    a bar missed, clearly rather than narrowly; else one not measured; else one cleared narrowly; else the first. `clear`: the whole interval is on that side."""
     return {name: _judge(claim, metrics) for name, claim in CLAIMS.items()}
 
 
 def _judge(claim: Claim, metrics: dict[str, dict]) -> dict:
     parts = [_compare(bar, metrics) for bar in claim.bars]
-    decides = next((p for verdict in (False, None) for p in parts if p["holds"] is verdict), parts[0])
+    narrow = lambda p: p["clear"] is False
+    order = lambda p: (1, 0) if p["holds"] is None else (2, not narrow(p)) if p["holds"] else (0, narrow(p))
+    decides = min(parts, key=order)                                           # the first of equals
     reason = "; ".join(filter(None, (claim.pending if decides["holds"] is None else "", decides["reason"])))
     scale = metrics.get(decides["metric"].partition(":")[0], {}).get("scale")
     return {"claim": claim.text, **decides, "reason": reason or None, "scale": scale, "parts": parts}

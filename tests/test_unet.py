@@ -74,6 +74,15 @@ def test_it_is_sampled_with_guidance_as_a_dit_is(latents):
     assert made.shape == batch.z.shape and made.isfinite().all()
 
 
+def test_conditions_may_come_in_bfloat16(latents):
+    batch, x_t, t = given(latents)
+    unet, half = stir(make(latents), 0.1), batch.each(torch.clone)
+    half.text, half.image, half.audio = (c.bfloat16() for c in (half.text, half.image, half.audio))
+    v = denoiser(unet, half)(x_t, t)
+    assert v.dtype == torch.float32
+    torch.testing.assert_close(v, denoiser(unet, batch)(x_t, t), atol=0.05, rtol=0.05)
+
+
 def test_it_teaches_a_dit(latents, tmp_path):
     """Its solutions and scores reach a student of another kind, and only the student learns from them."""
     p, unet = distillation(), stir(make(latents), 0.1).eval().requires_grad_(False)

@@ -80,7 +80,8 @@ class VideoUNet(nn.Module):
             raise UserError(f"VideoUNet sees whole clips only: mask {mask!r} must be 'bidirectional'")
         plain = self.cfg.prior_std is None
         seen, guess, spread = (x[:, :16], 0, 1) if plain else flow.reference_prior(x[:, :16], x[:, -16:], self.std_at(x), t)
-        known = self.known(t, text, image, audio)                                            # (B, F, known)
+        given = (c.to(self.inp.weight.dtype) for c in (text, image, audio))                  # full-size encoders speak bfloat16
+        known = self.known(t, *given)                                                        # (B, F, known)
         face = F.interpolate(audio_mask[:, None].to(x), size=x.shape[2:], mode="nearest")    # (B, 1, F, H, W)
         h, n = self.inp(torch.cat([seen, x[:, 16:], face], 1)), self.cfg.blocks
         for block in self.blocks[:n]:

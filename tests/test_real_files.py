@@ -100,6 +100,7 @@ def test_what_was_measured_is_a_number(run):
         m = metrics[name]
         assert all(-1 <= m[key] <= 1 for key in ("lip_r", "lip_r_natural", "lip_r_shuffled", "lip_r_ceiling"))
         assert 0 <= m["listening_opening_mean"] <= 1 and m["frechet"] > 0 and m["n"] == 2 * PEOPLE // 4
+    assert all(-1 <= metrics["other_teacher"][f"{who}_lip_r"] <= 1 for who in ("teacher", "student"))
     assert metrics["streaming"]["chunks"] == 24 and metrics["latency"]["serial_fps"] > 0
     assert metrics["robustness"]["n"] == 3 and -1 <= metrics["robustness"]["lip_r_noise"] <= 1
 

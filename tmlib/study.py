@@ -25,7 +25,6 @@ from .rivals import Item, from_folders, loudness, rendered
 QUESTIONS = {"lips": "Whose lips fit the words better?", "looks": "Who looks better?", "watch": "Which would you rather watch?"}
 NAMES = {"watch": "preference", "lips": "lips_preference", "looks": "looks_preference"}          # in reports/metrics/user_study.json
 ANSWERS = ("left", "none", "right")
-VOTERS = 10                                     # that N3 needs
 GAP = 4                                         # pixels between the two videos
 
 
@@ -240,13 +239,14 @@ def _make(args) -> int:
 
 
 def _count(args) -> int:
-    found = count(args.folder, args.votes)
+    from .report import CLAIMS
+    found, needed = count(args.folder, args.votes), next(bar.bar for bar in CLAIMS["N3"].bars if bar.key == "voters")
     config.save_json(out := config.METRICS / "user_study.json", found)
     print(f"{out}: {100 * found['preference']:.0f} % ({100 * found['preference_lo']:.0f} to {100 * found['preference_hi']:.0f}) would rather watch ours than "
           f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties. "
           "For N3 in the report: dvc repro --force --single-item report")
-    if found["voters"] < VOTERS:
-        print(f"too few: N3 asks for {VOTERS} voters; with {found['voters']} it does not hold, whatever they prefer")
+    if found["voters"] < needed:
+        print(f"too few: N3 asks for {needed} voters; with {found['voters']} it does not hold, whatever they prefer")
     return 0
 
 

@@ -21,6 +21,14 @@ class FakeVAE:
         return (video + 0.01 * start).repeat_interleave(8, 3).repeat_interleave(8, 4), start + z.shape[2]
 
 
+class SharpVAE(FakeVAE):
+    """Shows the smallest change of a latent: a tiny DiT turns its picture by less than one grey level for another sound."""
+
+    def decode(self, z, cache=None):
+        video, cache = super().decode(z, cache)
+        return torch.sin(3000 * video), cache
+
+
 class HungryVAE(FakeVAE):
     """Asks for more memory than there is when it has decoded `enough` latents, `times` times."""
 
@@ -44,7 +52,7 @@ class BrokenVAE(FakeVAE):
 
 
 class FakeEars:
-    """A token is the sum of its own frames' samples: any sample lost, doubled or late changes it."""
+    """A token holds the sum of its own frames' samples: any sample lost, doubled or late changes it, and its direction, which is all that a LayerNorm leaves."""
 
     lookahead_samples = 700
 
@@ -56,4 +64,4 @@ class FakeEars:
         edges = [max(4 * k - 3, 0) * 1000 - start for k in range(first, first + n + 1)]
         assert edges[0] >= 0 and edges[-1] + self.lookahead_samples <= len(wave)
         sums = [wave[a:b].sum() for a, b in itertools.pairwise(edges)]
-        return torch.tensor(sums, dtype=torch.float32)[:, None, None].expand(n, 4, 6) + torch.arange(6.0)
+        return torch.tensor(sums, dtype=torch.float32)[:, None, None] / 50 * torch.eye(1, 6) + torch.arange(6.0).repeat(n, 4, 1)

@@ -50,7 +50,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.find_part("Wan-AI/Some", "vae") == part
     wanted = lambda name: any(fnmatch.fnmatch(name, p) for p in asked["Wan-AI/Some"])
-    assert all(map(wanted, ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors")))
+    assert all(map(wanted, ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors", "chat_template.jinja")))
     hub.download("Wan-AI/Both", "transformer")                               # diffusers' layout, and Wan2.1's own
     both = [any(fnmatch.fnmatch(name, p) for p in asked["Wan-AI/Both"]) for name in (
         "transformer/diffusion_pytorch_model-00001-of-00014.safetensors", "diffusion_pytorch_model-00001-of-00007.safetensors",

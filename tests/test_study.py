@@ -383,7 +383,7 @@ def test_files_that_are_no_votes_at_all(tmp_path):
     with pytest.raises(UserError, match=r"votes-0 \(1\).json: the voter of .*votes-0.json again"):
         study.count(folder, [file, copy])
     copy.write_text("{")
-    for path, told in ((copy, "cannot be read"), (tmp_path / "no.json", "not there"), (tmp_path, "cannot be read")):
+    for path, told in ((copy, "cannot be read"), (tmp_path / "no.json", "not there yet"), (tmp_path, "cannot be read")):
         with pytest.raises(UserError, match=told):
             study.count(folder, [path])
     copy.write_bytes(b"\xff\xfe\x00")

@@ -168,17 +168,17 @@ def _plain(value, where: str):
     raise UserError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
-def load_json(path) -> dict:
-    """Read a JSON file; missing or corrupt -> UserError that names the file and how to make it again."""
+def load_json(path, fix: str | None = None) -> dict:
+    """Read a JSON file; missing or corrupt -> UserError that names the file and the fix: how to make it again, if none is given."""
     path = Path(path)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    fix = f"make it with `make repro` (or `dvc repro {path.stem}` where that is the stage)"
+    make = f"make it with `make repro` (or `dvc repro {path.stem}` where that is the stage)"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{shown}: not there yet; {fix}") from None
+        raise UserError(f"{shown}: not there yet; {fix or make}") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{shown}: cannot be read ({error}); delete it and {fix}") from None
+        raise UserError(f"{shown}: cannot be read ({error}); {fix or f'delete it and {make}'}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ terminal

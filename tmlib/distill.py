@@ -29,14 +29,14 @@ def load_pairs(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage distillation)") from e
 
 
-def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Tensor]:
+def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) -> dict[str, Tensor]:
     """The teacher's guided ODE solutions of `p.pairs` noises: {"index" (n,), "seed" (n,), "target" (n, 16, F, h, w)}.
 
-    Written to `path`, and to `kept` in the resume state, from where a killed run takes them.
+    Written to `kept` in the resume state, from where a killed run takes them, and to `path`, for other stages.
     """
     from safetensors.torch import save_file
     if Path(kept).exists():
-        if not RANK:
+        if path and not RANK:
             shutil.copyfile(kept, path)
         return load_pairs(kept)
     g = torch.Generator().manual_seed(p.seed)
@@ -48,7 +48,7 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path) -> dict[str, Ten
                                                                        p.pair_steps, p.pair_shift, p.guidance)))
         progress.step(len(some))
     pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
-    for to in (path, kept):
+    for to in filter(None, (path, kept)):
         with atomic(to) as tmp:
             save_file(pairs, tmp)
     return pairs

@@ -33,7 +33,7 @@ def download(hub_id: str, part: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         alone = ("diffusion_pytorch_model", "tm_") if part == "transformer" else ("model",)      # files of a part that is no pipeline's
-        kinds = (f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt", *(f"{stem}*.safetensors" for stem in alone), "*.json")
+        kinds = (f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt", *(f"{stem}*.safetensors" for stem in alone), "*.json", "*.jinja")
         return Path(snapshot_download(hub_id, allow_patterns=kinds))
     except Exception as error:
         raise UserError(f"{hub_id}: no folder here, and no model that could be downloaded ({type(error).__name__})") from error

@@ -62,6 +62,12 @@ class Sound:
                             f"got {piece.dtype} {piece.shape}; read files with media.read_audio")
         return piece.astype(np.float32)
 
+    def drop(self, sample):
+        """Forget the samples from `sample` on, and return them (n,): what the source gives next stands there instead."""
+        kept, dropped = np.split(self.wave, [max(sample - self.start, 0)])
+        self.wave = kept.copy()
+        return dropped
+
     def forget(self, before):
         """Drop whole seconds that lie `history` samples before sample `before`."""
         drop = (before - self.history - self.start) // RATE * RATE

@@ -39,8 +39,8 @@ class Take:
     chain: Chain | None = None                   # of the present picture
     offset: int = 0                              # the sound's sample at which this picture began
     index: int = 0                               # of the next chunk
-    last: tuple | None = None                    # states of DiT and decoder after the last chunk delivered
-    pictures: dict = field(default_factory=dict) # that begin at a chunk not delivered yet: {index: (image, tokens)}
+    after: deque = field(default_factory=deque)  # of the last chunks delivered: (states of DiT and decoder, sample at which it ends)
+    pictures: dict = field(default_factory=dict) # that begin at a chunk still to be made, or made again: {index: (image, tokens)}
     busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
     run: int = 0                                 # how often it was picked up: threads of earlier runs make no more chunks
 
@@ -53,17 +53,18 @@ class Streamer:
     context_noise, first_ts: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
     placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
     one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
-    of the K/V caches: cheap for a miniature, gigabytes a chunk at full size). blocking: two_process without overlap of transfers.
+    of the K/V caches: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more
+    copy). blocking: two_process without overlap of transfers.
     worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, blocking=False,
+                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, undo=0, blocking=False,
                  worker=None, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
-        self.placement, self.depth, self.resumable, self.blocking = placement, depth, resumable, blocking
+        self.placement, self.depth, self.resumable, self.undo, self.blocking = placement, depth, resumable or undo > 0, undo, blocking
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
         self.history_s = history_s
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
@@ -121,6 +122,7 @@ class Streamer:
             with self.halted(self.take):
                 self.take = None
         self.take = Take(Sound(audio_chunks, self.history()), torch.Generator().manual_seed(self.seed), None, audio_mask)
+        self.take.after = deque([(None, 0)], self.undo + 1)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
 
@@ -134,7 +136,7 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
-        state, past = take.last or (None, None)
+        state, past = take.after[-1][0] or (None, None)
         with self.halted(take):
             if state is not None:
                 restore(take, state)
@@ -143,10 +145,29 @@ class Streamer:
                 take.draw.manual_seed(self.seed)
         yield from self.play(take, past)
 
+    @property
+    def settled(self):
+        """The sample before which `rewind` cannot go."""
+        return self.take.after[0][1]
+
+    def rewind(self, sample):
+        """Forget the sound from `sample` on, and the last chunks delivered as far as they have frames there: `resume` makes them again.
+
+        What comes next from the sound's source stands at `sample`. So a live stream may run ahead of what is known, and still say
+        at once what turns up. Returns the sound forgotten (n,). UserError where more than `undo` chunks would have to go.
+        """
+        take = self.take
+        if take is None or sample < self.settled:
+            raise UserError("that part of the stream cannot be taken back: give Streamer(..., undo=chunks)")
+        with self.halted(take):
+            while sample < take.after[-1][1]:
+                take.after.pop()
+            return take.sound.drop(sample)
+
     def history(self):
         """Samples to keep before the present chunk; `resume` may go back by all the chunks that were under way."""
         needed = getattr(self.audio_encoder, "history_samples", 8 * RATE) if self.history_s is None else int(self.history_s * RATE)
-        return needed + self.resumable * (2 * self.depth + 3) * self.chunk * STRIDE * FRAME
+        return needed + self.resumable * (2 * self.depth + 3 + self.undo) * self.chunk * STRIDE * FRAME
 
     @staticmethod
     @contextmanager
@@ -163,8 +184,10 @@ class Streamer:
     def play(self, take, past=None):
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
-                take.last, chunk.saved = chunk.saved, None
-                take.pictures.pop(chunk.index, None)
+                take.after.append((chunk.saved, (chunk.frame + len(chunk.frames)) * FRAME))
+                for past in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
+                    take.pictures.pop(past)
+                chunk.saved = None
                 yield chunk
 
     def placed(self, chunks, past):

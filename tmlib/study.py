@@ -153,7 +153,7 @@ def two_way(name: str, scores: np.ndarray, n: int = 2000, seed: int = 0) -> dict
 
 def read_key(folder: Path) -> dict:
     """FOLDER.key.json, if it is that of FOLDER's page."""
-    key, index = _json(key_of(folder), "give the folder that `make` wrote, with its key beside it"), folder / "index.html"
+    key, index = config.load_json(key_of(folder), "give the folder that `make` wrote, with its key beside it"), folder / "index.html"
     try:
         page = re.search(r'<script type="application/json" id="study">(.*?)</script>', index.read_text(encoding="utf-8"), re.S)
     except OSError:
@@ -165,7 +165,7 @@ def read_key(folder: Path) -> dict:
 
 def ballot(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
     """One voter's file -> (voter, trial -> answer)."""
-    votes, again = _json(path, "ask the voter for it again"), "ask the voter for the file again, as the page gave it"
+    votes, again = config.load_json(path, "ask the voter for it again"), "ask the voter for the file again, as the page gave it"
     if not isinstance(votes, dict) or set(votes) != {"study", "voter", "seed", "answers"}:
         raise UserError(f"{path}: not a file of votes; {again}")
     if votes["study"] != key["page"]["study"]:
@@ -186,15 +186,6 @@ def ballot(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
     if missing := len(key["trials"]) - len(answers):
         raise UserError(f"{path}: {missing} of {len(key['trials'])} pairs are not answered; ask the voter to finish")
     return votes["voter"], answers
-
-
-def _json(path: Path, fix: str):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; {fix}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- command

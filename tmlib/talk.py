@@ -103,11 +103,11 @@ def load_models(folder: Path, device: str = "cpu") -> Models:
     return Models(dit, load_codec(folder), load_speech(folder), lips, face, load_conditions(folder), how)
 
 
-def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0, placement: str = "serial"):
-    """A Streamer set up as the student was distilled; steps and cache may be tried otherwise."""
+def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0, placement: str = "serial", **more):
+    """A Streamer set up as the student was distilled; steps and cache may be tried otherwise. more: see Streamer."""
     from . import flow, stream
     times = flow.timesteps(steps or m.how["steps"], m.how["shift"])
-    return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed)
+    return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed, **more)
 
 
 def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial", device: str | None = None) -> Talker:

@@ -1,0 +1,284 @@
+"""conversation: what was shown stays, what is to be said is said once, and a take-back gives what full knowledge would have."""
+import itertools
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fakes import IMAGE, PROMPT, WAVE, FakeEars, SharpVAE
+from tiny import make_dit
+
+from tmlib import conversation, speech
+from tmlib.config import UserError
+from tmlib.conversation import FADE, WINDOW, Conversation, Ear
+from tmlib.sound import FRAME
+from tmlib.stream import Streamer
+
+SAID = WAVE[:23_456]                             # an answer
+
+
+def make_streamer(**more):
+    return Streamer(make_dit(), SharpVAE(), FakeEars(), **{"undo": 1, **more})
+
+
+def utterance(wave, text="one two three four"):
+    return speech.Utterance(wave, (speech.Phone("sil", 0.0, len(wave) / speech.RATE),), text, "")
+
+
+class Partner:
+    """Answers each turn with the given utterances; notes what it is told."""
+
+    def __init__(self, *answers):
+        self.answers, self.heard, self.cuts = answers, [], []
+
+    def reply(self, wave):
+        self.heard.append(wave)
+        yield from self.answers
+
+    def cut(self, heard):
+        self.cuts.append(heard)
+
+    def forget(self):
+        pass
+
+
+class ScriptedEar:
+    """Hears what it is told: the wave's first sample says what."""
+
+    def hear(self, wave):
+        return {0: [], 1: [("began", None)], 2: [("heard", wave)]}[int(wave[0])]
+
+
+BEGIN, TURN = np.full(10, 1.0, np.float32), np.full(10, 2.0, np.float32)
+
+
+def talk(*answers, **more):
+    """A conversation without threads of its own: `make` and `answer` are called by the test."""
+    return Conversation(make_streamer(**more), Partner(*answers), IMAGE, ear=ScriptedEar(), clock=lambda: 0.0, **PROMPT)
+
+
+def answer(c):
+    """Let the partner think about all that was heard."""
+    c.turns.put(None)
+    c.think()
+
+
+def show(c, n):
+    """n frames as a player would take them, chunks made when they are wanted -> frames (n, H, W, 3), sound (1000 n,)."""
+    out = []
+    for _ in range(n):
+        while c.make():
+            pass
+        out.append(c.frame())
+    frames, sound = zip(*out)
+    return np.stack(frames), np.concatenate(sound)
+
+
+def offline(wave, n):
+    """The first n frames of a stream whose sound is known from the beginning."""
+    return np.concatenate(list(make_streamer().stream(IMAGE, np.pad(wave, (0, max(n * FRAME - len(wave), 0))), **PROMPT)))[:n]
+
+
+# ------------------------------------------------------------------------------------------------------- Streamer.rewind
+@pytest.mark.parametrize("placement", ["serial", "overlap"])
+@pytest.mark.parametrize("at", [9700, 12_000, 20_999, 21_000])
+def test_a_chunk_taken_back_is_made_as_if_its_sound_had_been_known(placement, at):
+    told = []
+    pieces = (told.pop(0) if told else np.zeros(FRAME, np.float32) for _ in itertools.count())
+    with make_streamer(placement=placement, depth=1) as streamer:
+        stream = streamer.chunks(IMAGE, pieces, **PROMPT)
+        first, silent = next(stream).frames, next(stream).frames
+        forgotten = streamer.rewind(at)
+        assert len(forgotten) and not forgotten.any()
+        told.append(SAID)
+        again = streamer.resume()
+        made = [c for c, _ in zip(again, range(3))]
+        again.close()
+    if at == 21_000:                             # sound alone, which comes after all frames
+        known = np.concatenate([first, silent, *(c.frames for c in made)])
+        assert [c.index for c in made] == [2, 3, 4]
+    else:
+        known = np.concatenate([first, *(c.frames for c in made)])
+        assert [c.index for c in made] == [1, 2, 3] and not np.array_equal(made[0].frames, silent)
+    wave = np.concatenate([np.zeros(at, np.float32), SAID])
+    assert np.array_equal(known, offline(wave, len(known)))
+
+
+def test_nothing_is_taken_back_that_is_too_far_back():
+    streamer = make_streamer()
+    with pytest.raises(UserError, match="cannot be taken back"):
+        streamer.rewind(0)
+    stream = streamer.chunks(IMAGE, WAVE, **PROMPT)
+    for _ in range(3):
+        next(stream)
+    assert streamer.settled == 21_000
+    with pytest.raises(UserError, match="undo"):
+        streamer.rewind(20_999)
+    streamer.rewind(21_000)
+    with pytest.raises(UserError, match="undo"):
+        streamer.rewind(20_999)                  # nor in two steps
+
+
+def test_the_chunk_of_a_new_picture_can_be_taken_back():
+    def frames(rewind):
+        streamer, stream = make_streamer(), None
+        stream = streamer.chunks(IMAGE, WAVE, **PROMPT)
+        out = [next(stream).frames, next(stream).frames]
+        streamer.set_image(255 - IMAGE)
+        out.append(next(stream).frames)
+        if rewind:
+            lost = streamer.rewind(24_000)
+            out[-1:], streamer.take.sound.pieces = [], itertools.chain([lost], streamer.take.sound.pieces)
+            stream = streamer.resume()
+        return np.concatenate(out + [c.frames for c in stream])
+    assert np.array_equal(frames(True), frames(False))
+
+
+def test_without_undo_nothing_more_is_kept():
+    streamer = make_streamer(undo=0, resumable=True)
+    for _ in streamer.chunks(IMAGE, WAVE, **PROMPT):
+        assert len(streamer.take.after) == 1 and not streamer.take.pictures
+
+
+# ---------------------------------------------------------------------------------------------------------- conversations
+@pytest.mark.parametrize("wait", [1, 5, 9, 11, 14, 20, 27])
+def test_an_answer_begins_two_frames_after_it_is_known(wait):
+    c = talk(utterance(SAID))
+    before, silence = show(c, wait)
+    c.hear(BEGIN), c.hear(TURN), answer(c)
+    after, sound = show(c, 40)
+    frames = np.concatenate([before, after])
+    lead = int(np.flatnonzero(np.append(silence, sound))[0])
+    chunk_end = max(e for e in (9, 21, 33, 45) if e - 15 < wait)             # the last frame made when the answer came
+    begins = wait + 2 if wait + 2 <= chunk_end else chunk_end
+    assert lead == begins * FRAME and c.late == 0
+    assert np.array_equal(np.append(silence, sound)[lead:lead + len(SAID)], SAID)
+    quiet, known = offline(np.zeros(1000, np.float32), 60), offline(np.concatenate([np.zeros(lead, np.float32), SAID]), len(frames))
+    assert np.array_equal(frames[:begins], quiet[:begins])
+    assert np.array_equal(frames[begins:], known[begins:]) or begins in (9, 21, 33)      # at a border the last chunk may have looked ahead into silence
+    spoke = [e for e in c.events if e.kind == "spoke"]
+    assert [e.kind for e in c.events] == ["began", "heard", "answer", "spoke"] and spoke[0].text == "one two three four"
+
+
+@pytest.mark.parametrize("placement, times", [("serial", 12), ("overlap", 6), ("two_process", 2)])
+def test_what_is_said_is_said_once_and_in_order_whenever_it_comes(placement, times):
+    rng = np.random.default_rng(0)
+    for _ in range(times):
+        parts = [WAVE[a:b] for a, b in itertools.pairwise(np.sort(rng.integers(100, 50_000, 4)).tolist()) if b - a > 50]
+        c = talk(placement=placement)
+        heard = [show(c, int(rng.integers(1, 30)))[1]]
+        for part in parts:                                                    # as a slow partner would
+            c.to_say.append(conversation.Line(part, 0))
+            c.more = True
+            heard.append(show(c, int(rng.integers(1, 20)))[1])
+        sound = np.concatenate([*heard, show(c, 80)[1]])
+        assert c.late == 0
+        at = 0
+        for line, part in zip(c.lines, parts, strict=True):
+            assert np.array_equal(sound[line.start:line.start + len(part)], part) and line.start >= at
+            at = line.start + len(part)
+        assert np.count_nonzero(sound) == sum(np.count_nonzero(p) for p in parts)
+        c.close()
+
+
+def test_an_interruption_fades_and_the_partner_learns_what_was_heard():
+    c = talk(utterance(SAID, "one two three four"), utterance(SAID, "never heard"))
+    show(c, 3)
+    c.hear(BEGIN), c.hear(TURN), answer(c)
+    sound = show(c, 2 + 12)[1]                                                # twelve frames of 23.5: two words of four
+    c.hear(BEGIN)
+    sound = np.append(sound, show(c, 40)[1])
+    start, stop = c.lines[0].start, c.lines[0].stop
+    assert start == 5 * FRAME and stop == 19 * FRAME
+    said = sound[start - 3 * FRAME:]
+    assert np.array_equal(said[:stop - start], SAID[:stop - start])
+    fade = said[stop - start:stop - start + FADE]
+    assert np.allclose(fade, SAID[stop - start:stop - start + FADE] * np.linspace(1, 0, FADE)) and not said[stop - start + FADE:].any()
+    c.hear(TURN), answer(c)
+    assert c.partner.cuts == ["one two"] and len(c.partner.heard) == 2
+    assert [e.kind for e in c.events][:6] == ["began", "heard", "answer", "answer", "spoke", "began"]
+    assert show(c, 40)[1].any()                                               # and the next answer is said
+
+
+def test_who_speaks_on_is_not_answered_twice():
+    c = talk(utterance(SAID))
+    show(c, 3)
+    c.hear(BEGIN), c.hear(TURN), c.hear(BEGIN), c.hear(TURN), answer(c)      # a pause, and on
+    assert len(c.partner.heard) == 1 and c.partner.cuts == []
+    sound = show(c, 60)[1]
+    assert np.count_nonzero(sound) == np.count_nonzero(SAID)
+
+
+def test_a_late_face_holds_still_and_loses_nothing():
+    c = talk(utterance(SAID))
+    _, first = show(c, 9)
+    c.hear(BEGIN), c.hear(TURN), answer(c)
+    held = [c.frame() for _ in range(15)]                                     # nobody makes chunks
+    frames, sound = show(c, 40)
+    assert c.late > 0 and all(np.array_equal(f, held[-1][0]) for f, _ in held[-c.late:])
+    assert np.count_nonzero(np.concatenate([w for _, w in held])) + np.count_nonzero(sound) == np.count_nonzero(SAID)
+
+
+def test_live_threads_and_their_failures():
+    c = Conversation(make_streamer(), Partner(utterance(SAID)), IMAGE, ear=ScriptedEar(), **PROMPT)
+    with c:
+        c.hear(BEGIN), c.hear(TURN)
+        sound, until = [], time.monotonic() + 20
+        while np.count_nonzero(np.concatenate([np.zeros(0), *sound])) < np.count_nonzero(SAID) and time.monotonic() < until:
+            sound.append(c.frame()[1])
+            time.sleep(0.005)
+        assert np.count_nonzero(np.concatenate(sound)) == np.count_nonzero(SAID)
+    c.close()
+
+    def broken(wave):
+        raise KeyError("no such word")
+        yield
+    c = Conversation(make_streamer(), SimpleNamespace(reply=broken), IMAGE, ear=ScriptedEar(), **PROMPT)
+    with c, pytest.raises(UserError, match="broke off: KeyError: 'no such word'"):
+        c.hear(BEGIN), c.hear(TURN)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            c.frame()
+            time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------------- Ear
+def loud(window):
+    """A detector for tests: sound is speech."""
+    return float(np.abs(window).max() > 0.1)
+
+
+def call(*parts):
+    """Sound and silence in turn, in windows."""
+    rng = np.random.default_rng(1)
+    return np.concatenate([rng.uniform(-1, 1, n * WINDOW).astype(np.float32) * (i % 2) for i, n in enumerate(parts)])
+
+
+@pytest.mark.parametrize("size", [1, 160, 512, 1000, 100_000])
+def test_pieces_of_any_size_make_the_same_turns(size):
+    wave, ear = call(20, 30, 8, 10, 40, 2, 20, 25, 30), Ear(detector=loud)
+    wave = wave[:-7]
+    events = [e for i in range(0, len(wave), size) for e in ear.hear(wave[i:i + size])] if size > 1 else [e for x in np.array_split(wave, 31) for e in ear.hear(x)]
+    assert [k for k, _ in events] == ["began", "heard", "began", "heard"]     # a pause of 8 windows is part of a turn, 2 windows of sound are none
+    first, second = (turn for kind, turn in events if kind == "heard")
+    at = 20 * WINDOW
+    assert np.array_equal(first[9 * WINDOW:], wave[at:at + len(first) - 9 * WINDOW])      # 0.3 s before it are kept
+    assert len(first) == (9 + 30 + 8 + 10 + ear.hush) * WINDOW and len(second) == (9 + 25 + ear.hush) * WINDOW
+
+
+def test_an_endless_turn_is_cut():
+    ear = Ear(detector=loud, longest_s=1.0)
+    kinds = [k for k, _ in ear.hear(call(0, 100))]
+    assert kinds[:3] == ["began", "heard", "began"] and kinds.count("heard") == 3
+
+
+def test_the_real_detector_finds_a_spoken_sentence():
+    voices, rng = speech.load_voices(), np.random.default_rng(0)
+    for voice in voices["test"][:2] + voices["natural"]:
+        said = speech.synthesise("What is the capital of Germany?", voice).wave
+        wave = np.pad(said, (12_000, 12_000)) + 1e-3 * rng.standard_normal(len(said) + 24_000).astype(np.float32)
+        events = Ear().hear(wave.astype(np.float32))
+        assert [k for k, _ in events] == ["began", "heard"]
+        turn = events[1][1]
+        assert len(said) * 0.9 < len(turn) < len(said) + 0.9 * speech.RATE
+        assert np.square(turn).sum() > 0.97 * np.square(wave).sum()

@@ -1,0 +1,333 @@
+"""A live conversation: the caller's sound goes in, a talking face comes out, frame by frame at the pace of a clock.
+
+    caller -> Ear: whose turn it is -> partner: an audio language model and its voice -> Streamer -> frames and sound
+
+    with Conversation(streamer, partner, picture) as talk:
+        talk.hear(wave)                          # any thread: sound as it arrives
+        frame, wave = talk.frame()               # 16 times a second: what to show and play now
+
+What is special
+- A stream must make a chunk (0.75 s) before it is shown, and to wait for the next chunk is to wait too long for an answer. So chunks are made
+  of silence while nothing is to be said, and *taken back* when something is: what was not shown yet is made again with the new sound
+  (`Streamer.rewind`). An answer waits for two frames and the making of one chunk, not for up to two chunks; an interruption likewise.
+- What was shown is never changed, frames and sound stay together, and nothing that is to be said is lost: a face that comes late holds still.
+- A partner has `reply(wave)`, which yields speech.Utterance, `cut(heard)` and `forget()`: `dialogue.Partner` or `audio_llm.AudioLLM`.
+"""
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from .config import UserError
+from .sound import FPS, FRAME, RATE
+
+WINDOW = 512                                     # samples that silero's detector judges at once: 32 ms
+BEGINS, ENDS = 0.5, 0.35                         # its probability of speech from which somebody speaks, and below which nobody does
+FADE = 480                                       # samples in which an interrupted voice fades: 30 ms
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened. began, heard: of the caller's turn; answer: known what to say; spoke: its first frame is shown; interrupted: by the caller."""
+    kind: str
+    at: float                                    # seconds since the conversation began
+    text: str = ""
+
+
+class Ear:
+    """Cuts turns out of a caller's sound (silero's voice activity detector).
+
+    hush_s: silence that ends a turn; onset_s: speech that begins one; lead_s: sound before it that is kept; longest_s: a turn is cut there.
+    """
+
+    def __init__(self, hush_s: float = 0.35, onset_s: float = 0.13, lead_s: float = 0.3, longest_s: float = 20.0, detector=None):
+        count = lambda seconds: max(1, round(seconds * RATE / WINDOW))
+        self.hush, self.onset, self.longest = count(hush_s), count(onset_s), count(longest_s)
+        self.detector = detector or detect()
+        self.rest = np.zeros(0, np.float32)
+        self.before, self.turn = deque(maxlen=count(lead_s) + self.onset), None                # windows
+        self.voiced = self.quiet = 0             # windows in a row
+
+    def hear(self, wave: np.ndarray) -> list[tuple[str, np.ndarray | None]]:
+        """A piece of sound of any size, float32 (n,) at 16 kHz -> what happened in it: ("began", None) or ("heard", the turn's wave)."""
+        self.rest = np.concatenate([self.rest, np.asarray(wave, np.float32)])
+        whole = len(self.rest) // WINDOW * WINDOW
+        windows, self.rest = self.rest[:whole].reshape(-1, WINDOW), self.rest[whole:].copy()
+        return [event for window in windows if (event := self.judge(window)) is not None]
+
+    def judge(self, window: np.ndarray):
+        p = self.detector(window)
+        if self.turn is None:
+            self.before.append(window)
+            self.voiced = self.voiced + 1 if p >= BEGINS else 0
+            if self.voiced >= self.onset:
+                self.turn, self.quiet = list(self.before), 0
+                return "began", None
+            return None
+        self.turn.append(window)
+        self.quiet = self.quiet + 1 if p < ENDS else 0
+        if self.quiet >= self.hush or len(self.turn) >= self.longest:
+            wave, self.turn, self.voiced = np.concatenate(self.turn), None, 0
+            self.before.clear()
+            return "heard", wave
+        return None
+
+
+def detect():
+    """silero's detector as a function: a window (512,) at 16 kHz -> the probability that somebody speaks. It remembers the windows before."""
+    import torch
+    from silero_vad import load_silero_vad
+    model = load_silero_vad()
+
+    def probability(window: np.ndarray) -> float:
+        with torch.no_grad():
+            return model(torch.from_numpy(window), RATE).item()
+    return probability
+
+
+@dataclass
+class Line:
+    """Something that the stream is given to say."""
+    wave: np.ndarray                             # float32 (n,)
+    answer: int                                  # to which of the caller's turns
+    text: str = ""
+    phones: tuple = ()                           # as in speech.Utterance
+    start: int | None = None                     # the stream's sample at which it begins, once it is given
+    stop: int | None = None                      # that at which it was interrupted
+    shown: bool = False                          # its first frame was
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.wave) if self.stop is None else self.stop
+
+
+class Conversation:
+    """One caller and one face. streamer: made with undo=1; picture: uint8 (H, W, 3).
+
+    text, listening, image_tokens, audio_mask: see `Streamer.stream`. clock: seconds, for tests.
+    """
+
+    def __init__(self, streamer, partner, picture, *, ear=None, clock=time.monotonic, **given):
+        self.streamer, self.partner, self.picture, self.given = streamer, partner, picture, given
+        self.ear, self.clock, self.cost = ear or Ear(), clock, 0.0   # cost: seconds that a chunk takes, rather too many
+        self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
+        self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
+        self.ready, self.next, self.late = deque(), 0, 0             # (frame, wave) to show; their first one's number; frames that came late
+        self.chunks = None                                           # where they come from
+        self.to_say, self.lines = deque(), []                        # Lines that the stream was not given yet, and those it was
+        self.sample = self.spoken = 0                                # of the stream's sound: where it ends, and where its last line does
+        self.more = self.interrupted = False                         # why what is to come must be made again
+        self.turns, self.turn, self.thinking, self.cut = SimpleQueue(), 0, False, None
+        self.began = clock()
+
+    # ---- what goes in and comes out
+
+    def hear(self, wave: np.ndarray) -> None:
+        """A piece of the caller's sound, float32 (n,) at 16 kHz, of any size, when it arrives; from one thread at a time."""
+        for kind, turn in self.ear.hear(wave):
+            with self.lock:
+                self.note(kind)
+                if kind == "began":
+                    self.interrupt()
+                else:
+                    self.turns.put((self.turn, turn))
+
+    def frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be shown and played now: uint8 (H, W, 3), float32 (1000,) at 16 kHz. To be called 16 times a second; never waits."""
+        with self.lock:
+            if self.failed is not None:
+                raise self.failed
+            wave = np.zeros(FRAME, np.float32)
+            if self.ready:
+                self.picture, wave = self.ready.popleft()
+                self.next += 1
+                for line in self.lines:
+                    if not line.shown and line.start < self.next * FRAME:
+                        line.shown = True
+                        self.note("spoke", line.text)
+            else:
+                self.late += 1
+            if len(self.ready) < self.ahead:
+                self.changed.set()
+        return self.picture, wave
+
+    def start(self) -> None:
+        """Make the first chunk, then let the face live: one thread makes chunks, one lets the partner think."""
+        while self.make():
+            pass
+        self.began = self.clock()
+        self.threads = [threading.Thread(target=self.guarded, args=(work,), daemon=True) for work in (self.live, self.think)]
+        for thread in self.threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads; what is in the making is finished first. A second time it does nothing."""
+        with self.lock:
+            self.closed, self.turn = True, self.turn + 1
+        self.changed.set()
+        self.turns.put(None)
+        for thread in self.threads:
+            thread.join(10)
+        self.threads = []
+        self.streamer.close()
+
+    def __enter__(self) -> "Conversation":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- the face
+
+    @property
+    def keep(self) -> int:
+        """Frames that stay as they are while a chunk is made again: they are shown meanwhile."""
+        return max(2, math.ceil(1.5 * self.cost * FPS))
+
+    @property
+    def ahead(self) -> int:
+        """So few frames, and the next chunk is made."""
+        return self.keep + 2
+
+    def live(self) -> None:
+        while not self.closed:
+            self.changed.clear()
+            if not self.make():
+                self.changed.wait(0.1)
+
+    def make(self) -> bool:
+        """Make a chunk, anew or again, if one is wanted; returns whether."""
+        if self.more or self.interrupted:
+            self.take_back()
+        with self.lock:
+            if len(self.ready) >= self.ahead:
+                return False
+        self.chunks = self.chunks or self.streamer.chunks(self.picture, self.sound(), **self.given)
+        began = self.clock()
+        chunk = next(self.chunks)
+        self.cost = max(self.clock() - began, 0.9 * self.cost)
+        with self.lock:
+            known = self.next + len(self.ready) - chunk.frame                 # frames that stayed as they were
+            self.ready += list(zip(chunk.frames, chunk.wave.reshape(-1, FRAME)))[known:]
+        return True
+
+    def take_back(self) -> None:
+        """Forget what is to come, from where it changes on: from the first frame that can still be made again or, if there is only
+        more to say, from the end of what is being said."""
+        with self.lock:
+            interrupted, self.more, self.interrupted = self.interrupted, False, False
+            free = (self.next + min(self.keep, len(self.ready))) * FRAME
+            at = max(free, 0 if interrupted else self.spoken, self.streamer.settled)
+            if at >= self.sample:
+                return                                                        # all that is made is wanted
+            while self.next + len(self.ready) > at // FRAME:
+                self.ready.pop()
+        self.chunks.close()
+        forgotten = self.streamer.rewind(at)
+        with self.lock:
+            back, self.lines = [x for x in self.lines if x.start >= at], [x for x in self.lines if x.start < at]
+            self.sample, self.spoken = at, min(self.spoken, at)
+            if interrupted:
+                self.fade(forgotten)
+            else:
+                self.to_say.extendleft(reversed(back))
+        self.chunks = self.streamer.resume()
+
+    def fade(self, forgotten: np.ndarray) -> None:
+        """An interrupted voice fades: it does not click."""
+        for line in self.lines:
+            if line.end > self.sample:
+                line.stop = self.sample
+                rest = forgotten[:FADE]
+                self.to_say.appendleft(Line(rest * np.linspace(1, 0, len(rest), dtype=np.float32), line.answer))
+                self.note("interrupted", line.text)
+
+    def sound(self):
+        """The stream's sound: what there is to say, else silence, a frame at a time."""
+        while not self.closed:
+            with self.lock:
+                line = self.to_say.popleft() if self.to_say else None
+                wave = np.zeros(FRAME, np.float32) if line is None else line.wave
+                if line is not None:
+                    line.start, self.spoken = self.sample, self.sample + len(wave)
+                    self.lines.append(line)
+                self.sample += len(wave)
+            yield wave
+
+    # ---- the partner
+
+    def think(self) -> None:
+        while (heard := self.turns.get()) is not None:
+            number, wave = heard
+            with self.lock:
+                if number != self.turn:
+                    continue                                                  # the caller spoke on: the next turn counts
+                self.thinking, cut, self.cut = True, self.cut, None
+            if cut is not None:
+                self.partner.cut(cut)
+            for said in self.partner.reply(wave):
+                with self.lock:
+                    if number != self.turn:
+                        break
+                    self.note("answer", said.text)
+                    self.to_say.append(Line(said.wave, number, said.text, said.phones))
+                    self.more = True
+                self.changed.set()
+            self.thinking = False
+
+    def interrupt(self) -> None:
+        """The caller speaks: what was being said or thought ends, and the partner will be told how much of it was heard."""
+        speaking = self.spoken > self.next * FRAME
+        if speaking or self.thinking or self.to_say:
+            self.cut = self.heard_of(self.turn)
+        self.turn += 1
+        self.to_say.clear()
+        self.interrupted |= speaking
+        self.changed.set()
+
+    def heard_of(self, answer: int) -> str:
+        """The words of an answer that are shown by now, each line's by their share of its time."""
+        out, now = [], self.next * FRAME
+        for line in self.lines:
+            if line.answer == answer:
+                words = line.text.split()
+                out += words[:round(len(words) * min(max((now - line.start) / len(line.wave), 0.0), 1.0))]
+        return " ".join(out)
+
+    def note(self, kind: str, text: str = "") -> None:
+        if kind != "spoke" or text:              # a fading voice is no news
+            self.events.append(Event(kind, self.clock() - self.began, text))
+
+    def guarded(self, work) -> None:
+        try:
+            work()
+        except UserError as error:
+            self.failed = error
+        except Exception as error:               # of any kind: a thread has nobody else to tell
+            self.failed = UserError(f"the conversation broke off: {type(error).__name__}: {error}")
+
+
+def open_call(face: str, folder: Path, seed: int = 0, prompt: str = "", voice: str | None = None):
+    """Load everything once -> a function that makes a Conversation with this face, for each caller. UserError names what is missing."""
+    import torch
+
+    from . import data, dialogue, media, speech, talk
+    m = talk.load_models(folder)
+    lm, voices = dialogue.load(folder), {v.name: v for some in speech.load_voices().values() for v in some}
+    if voice is not None and voice not in voices:
+        raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
+    picture = media.read_image(face, m.how["size"])
+    tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
+    told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
+
+    def call() -> Conversation:
+        partner = dialogue.Partner(lm, m.encoder, voices[voice] if voice else speech.load_voices()["test"][0])
+        return Conversation(talk.make_streamer(m, seed=seed, undo=1), partner, picture, text=told["speaking"], listening=told["listening"],
+                            image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    return call

@@ -1,0 +1,294 @@
+"""A miniature audio language model: it hears what a caller says and answers in words, which a voice speaks.
+
+    caller's sound -> speech encoder -> eight tokens a second -> causal transformer -> words -> text to speech
+
+What is special
+- No text of the caller exists anywhere: the speech encoder's features go straight into the transformer (transformers' Llama, small), between
+  the words of its own earlier answers. So it can be asked what was said before.
+- What it can talk about stands in data/dialogue.yaml. Of each fact one way of asking is held out, and so are the test split's voices.
+- `reply`, `cut` and `forget` are what a `conversation` asks of a partner; `audio_llm.AudioLLM`, with public weights, has the same.
+"""
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import speech
+from .config import DATA, UserError, atomic
+from .hub import linked
+
+PAD, ANSWER, END = "<pad>", "<answer>", "<end>"
+MEMORY = 4                                       # exchanges that a sequence holds, the present one included: as in training
+LONGEST = 24                                     # words of an answer
+KINDS = {"fact": 0.5, "tell": 0.16, "ask": 0.16, "small_talk": 0.1, "again": 0.08}          # how often each, in a script
+
+
+# ------------------------------------------------------------------------------------------------------ what to talk about
+@dataclass(frozen=True)
+class Exchange:
+    question: str
+    answer: str
+    kind: str                                    # of KINDS
+
+
+class Book:
+    """data/dialogue.yaml: every question that has an answer, and scripts of several exchanges that go together."""
+
+    def __init__(self, path: Path | None = None):
+        from ruamel.yaml import YAML, YAMLError
+        path = path or DATA / "dialogue.yaml"
+        try:
+            page = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+            self.facts = {split: self._facts(page["facts"].values(), split) for split in ("train", "test")}
+            self.remember, self.again, self.openers = list(page["remember"].values()), page["again"], page["openers"]
+            self.small_talk = [Exchange(ask, row["answer"], "small_talk") for row in page["small_talk"] for ask in row["ask"]]
+            self.tells = {split: [self._tells(row, split) for row in self.remember] for split in ("train", "test")}
+        except (OSError, KeyError, TypeError, AttributeError, YAMLError) as error:
+            raise UserError(f"{path}: facts, remember, small_talk, again and openers are wanted there, as git checkout data/dialogue.yaml has them "
+                            f"({' '.join(str(error).split())})") from None
+
+    @staticmethod
+    def _facts(topics, split: str) -> list[Exchange]:
+        return [Exchange(ask.format(x=x), sentence(t["answer"].format(x=x, y=y)), "fact")
+                for t in topics for x, y in t["values"].items() for ask in _ways(t["ask"], x, split)]
+
+    @staticmethod
+    def _tells(row, split: str) -> list[tuple[str, Exchange]]:
+        return [(x, Exchange(tell.format(x=x), row["reply"].format(x=x), "tell")) for x in row["values"] for tell in _ways(row["tell"], x, split)]
+
+    def script(self, rng, split: str, length: int) -> list[Exchange]:
+        """`length` exchanges in a row that make sense together."""
+        out, told = [], [None] * len(self.remember)
+        while len(out) < length:
+            kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+            if kind == "tell":
+                k = rng.integers(len(told))
+                told[k], exchange = _one(rng, self.tells[split][k])
+            elif kind == "ask":
+                k = rng.integers(len(told))
+                row, x = self.remember[k], told[k]
+                exchange = Exchange(_one(rng, row["ask"]), row["unknown"] if x is None else row["answer"].format(x=x), kind)
+            elif kind == "again":
+                exchange = Exchange(_one(rng, self.again), out[-1].answer if out else "I have not said anything yet.", kind)
+            else:
+                exchange = _one(rng, self.facts[split] if kind == "fact" else self.small_talk)
+            out.append(exchange)
+        return out
+
+    def questions(self, split: str) -> list[str]:
+        """All that a caller may say in this split's scripts."""
+        asked = [ask for row in self.remember for ask in row["ask"]] + self.again + [e.question for e in self.small_talk + self.facts[split]]
+        return asked + [e.question for some in self.tells[split] for _, e in some]
+
+    def words(self) -> list[str]:
+        """All words of all answers, in alphabetical order."""
+        answers = [e.answer for split in ("train", "test") for e in self.facts[split] + [e for some in self.tells[split] for _, e in some]]
+        answers += [row["answer"].format(x=x) for row in self.remember for x in row["values"]] + [row["unknown"] for row in self.remember]
+        return sorted({w for a in [*answers, *(e.answer for e in self.small_talk), "I have not said anything yet."] for w in split_words(a)})
+
+
+def _ways(asks: list[str], x: str, split: str) -> list[str]:
+    """The ways of asking for x that belong to a split: one is held out, another one for each x."""
+    held = zlib.crc32(x.encode()) % len(asks)
+    return [ask for k, ask in enumerate(asks) if (k == held) == (split == "test")]
+
+
+def _one(rng, some: list):
+    return some[rng.integers(len(some))]
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def split_words(text: str) -> list[str]:
+    """"It is. Good!" -> it, is, ., good, !"""
+    return re.findall(r"[\w']+|[.,!?]", text.lower())
+
+
+def join_words(words: list[str]) -> str:
+    """Back again, with a capital letter where a sentence begins; names are no exception to small letters: nobody hears them."""
+    text = re.sub(r" ([.,!?])", r"\1", " ".join(words))
+    return re.sub(r"(^|[.!?] )(\w)", lambda m: m[1] + m[2].upper(), text)
+
+
+def same(a: str, b: str) -> bool:
+    return split_words(a) == split_words(b)
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+@dataclass
+class DialogueConfig:
+    words: list[str]
+    heard: int = 256                             # numbers of sound, each eighth of a second
+    width: int = 192
+    layers: int = 4
+    heads: int = 4
+
+
+class DialogueLM(nn.Module):
+    """A causal transformer over sound and words: [sound of a turn] <answer> words <end> [sound of the next turn] <answer> ..."""
+
+    def __init__(self, cfg: DialogueConfig):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel
+        self.cfg, self.vocabulary = cfg, [PAD, ANSWER, END, *cfg.words]
+        self.ids = {w: i for i, w in enumerate(self.vocabulary)}
+        self.ears = nn.Sequential(nn.LayerNorm(cfg.heard), nn.Linear(cfg.heard, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.width))
+        self.words = nn.Embedding(len(self.vocabulary), cfg.width)
+        shape = LlamaConfig(vocab_size=1, bos_token_id=None, eos_token_id=None, hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_hidden_layers=cfg.layers,
+                            num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, max_position_embeddings=2048, attn_implementation="sdpa")
+        self.blocks = LlamaModel(shape)
+        self.blocks.embed_tokens = None          # what goes in are embeddings of either kind
+        self.head = nn.Linear(cfg.width, len(self.vocabulary))
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[w] for w in split_words(text)]
+
+    def embed(self, turns: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, Tensor]:
+        """Turns of (heard (n, heard), answer's ids) -> embeddings (L, width), and what each place has to say next (L,), -100 where nothing."""
+        parts, targets = [], []
+        for heard, answer in turns:
+            said = torch.tensor([self.ids[ANSWER], *answer])
+            parts += [self.ears(heard), self.words(said)]
+            targets += [torch.full((len(heard),), -100), torch.tensor([*answer, self.ids[END]])]
+        return torch.cat(parts), torch.cat(targets)
+
+    def loss(self, batch: list[list[tuple[Tensor, list[int]]]]) -> Tensor:
+        """Mean cross-entropy of the answers' words."""
+        rows, targets = zip(*map(self.embed, batch))
+        pad = lambda some, value: nn.utils.rnn.pad_sequence(list(some), batch_first=True, padding_value=value)
+        hidden = self.blocks(inputs_embeds=pad(rows, 0.0)).last_hidden_state               # padding stands behind: causal attention never sees it
+        wanted = pad(targets, -100)
+        asked = wanted != -100
+        return F.cross_entropy(self.head(hidden[asked]), wanted[asked])
+
+    @torch.no_grad()
+    def write(self, turns: list[tuple[Tensor, list[int]]]) -> Iterator[int]:
+        """The likeliest answer to the last turn, word by word; the last turn's own answer must be empty."""
+        x, past = self.embed(turns)[0][None], None
+        for _ in range(LONGEST):
+            out = self.blocks(inputs_embeds=x, past_key_values=past, use_cache=True)
+            word, past = int(self.head(out.last_hidden_state[0, -1]).argmax()), out.past_key_values
+            if word == self.ids[END]:
+                return
+            yield word
+            x = self.words(torch.tensor([[word]]))
+
+
+def heard(encoder, wave: np.ndarray) -> Tensor:
+    """Wave (n,) at 16 kHz -> what the language model hears: a row for two video frames (2 ceil(n / 4000), 2 per_frame dim)."""
+    latents = max(-(-len(wave) // 4000), 1)
+    tokens = encoder.tokens(wave, 1, latents)                                 # (latents, tokens, D), their context on both sides
+    own = encoder.cfg.per_frame * encoder.cfg.context
+    return tokens[:, own:tokens.shape[1] - own].reshape(2 * latents, -1)
+
+
+class Partner:
+    """The language model in a conversation: hears a turn, speaks its answer in `voice` (speech.Voice), remembers the last exchanges."""
+
+    def __init__(self, lm: DialogueLM, encoder, voice):
+        self.lm, self.encoder, self.voice = lm, encoder, voice
+        self.forget()
+
+    def reply(self, wave: np.ndarray) -> Iterator[speech.Utterance]:
+        """The answer to a turn of the caller, wave float32 (n,) at 16 kHz: sentence by sentence, each as soon as it is known."""
+        self.turns = [*self.turns[1 - MEMORY:], (heard(self.encoder, wave), [])]
+        said = self.turns[-1][1]
+        pending = []
+        for word in self.lm.write(self.turns):
+            said.append(word)
+            pending.append(self.lm.vocabulary[word])
+            if pending[-1] in ".!?":
+                yield from self._speak(pending)
+                pending = []
+        yield from self._speak(pending)
+
+    def _speak(self, words: list[str]) -> Iterator[speech.Utterance]:
+        if any(w.isalnum() for w in words):
+            yield speech.synthesise(join_words(words), self.voice)
+
+    def cut(self, heard: str) -> None:
+        """The caller interrupted: of the last answer only `heard` was spoken."""
+        if self.turns:
+            self.turns[-1][1][:] = [self.lm.ids[w] for w in split_words(heard) if w in self.lm.ids]
+
+    def forget(self) -> None:
+        """A new conversation."""
+        self.turns = []
+
+
+def load_partner(folder: Path, encoder, voice):
+    """The partner of a folder of models: its own miniature, or the public model that its dialogue.safetensors links to."""
+    if not (how := linked(Path(folder) / "dialogue.safetensors")):
+        return Partner(load(folder), encoder, voice)
+    from . import audio_llm
+    return audio_llm.load(how.pop("source"), voice, **how)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+def bank(book: Book, split: str, voices: list, each: int, encoder, rng, step=lambda: None) -> dict[str, list[Tensor]]:
+    """What every question of a split sounds like to the language model, in `each` ways of speaking: {question: [(rows, heard)]}.
+
+    Voices in turn, at a rate of their own each time; half of the questions with an opener, or they would always stand at the same place.
+    """
+    out = defaultdict(list)
+    for question in dict.fromkeys(book.questions(split)):
+        for k in rng.permutation(len(voices))[np.arange(each) % len(voices)]:
+            voice = replace(voices[k], rate=round(voices[k].rate * rng.uniform(0.85, 1.2)))
+            opener = _one(rng, book.openers) if rng.random() < 0.5 else ""
+            out[question].append(heard(encoder, turn(rng, speech.synthesise(opener + question, voice).wave)))
+            step()
+    return dict(out)
+
+
+def turn(rng, wave: np.ndarray, lead=(0.1, 0.5), tail=(0.0, 0.4), noise=1e-3) -> np.ndarray:
+    """A wave as an ear cuts it out of a call: some quiet before and after, at another loudness."""
+    around = [int(speech.RATE * rng.uniform(*s)) for s in (lead, tail)]
+    wave = np.pad(wave * rng.uniform(0.4, 1.4), around)
+    return (wave + noise * rng.uniform(0, 1) * rng.standard_normal(len(wave))).astype(np.float32)
+
+
+def batch(book: Book, sounds: dict[str, list[Tensor]], lm: DialogueLM, n: int, rng) -> list[list[tuple[Tensor, list[int]]]]:
+    """n training scripts of one to MEMORY exchanges, as `DialogueLM.loss` takes them."""
+    scripts = [book.script(rng, "train", rng.integers(1, MEMORY + 1)) for _ in range(n)]
+    return [[(blurred(_one(rng, sounds[e.question]), rng), lm.encode(e.answer)) for e in script] for script in scripts]
+
+
+def blurred(heard: Tensor, rng, spans: int = 3, longest: int = 3, noise: float = 0.6) -> Tensor:
+    """What is heard (n, D) with noise, and nothing in some short spans (SpecAugment, Park et al. 2019): so few voices are soon known by heart."""
+    heard = heard + noise * rng.uniform() * torch.from_numpy(rng.standard_normal(heard.shape, np.float32))
+    for _ in range(rng.integers(spans + 1)):
+        at = rng.integers(len(heard))
+        heard[at:at + rng.integers(1, longest + 1)] = 0
+    return heard
+
+
+def save(lm: DialogueLM, folder: Path) -> None:
+    """Writes `dialogue.safetensors` with its configuration inside."""
+    from safetensors.torch import save_file
+    with atomic(Path(folder) / "dialogue.safetensors") as tmp:
+        save_file({k: v.contiguous() for k, v in lm.state_dict().items()}, tmp, {"config": json.dumps(asdict(lm.cfg))})
+
+
+def load(folder: Path) -> DialogueLM:
+    """Reads what `save` wrote; UserError names the file that is missing or does not fit."""
+    from safetensors import safe_open
+    path = Path(folder) / "dialogue.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `make repro ARGS=conversation`, or give a folder of trained models")
+    try:
+        with safe_open(path, "pt") as f:
+            lm = DialogueLM(DialogueConfig(**json.loads(f.metadata()["config"])))
+            lm.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+    except Exception as e:
+        raise UserError(f"{path} is no language model of this project ({type(e).__name__}): delete it and run `make repro`") from e
+    return lm.eval().requires_grad_(False)

@@ -1,0 +1,170 @@
+"""A call with a caller of our own, in real time: asks, listens, waits, asks on, breaks in; and what such a call is worth.
+
+Times are those of the clock while it ran: `hear` gets each sixteenth of a second of the caller's sound when it is over, `frame` is asked for
+when it is due. What is missing to a call by telephone is the way there and back.
+"""
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import avatar, metrics, speech
+from .config import Progress
+from .conversation import FADE
+from .dialogue import split_words
+from .sound import FPS, FRAME, RATE
+
+LOUD = 0.01                                      # samples above this are heard
+
+
+@dataclass
+class Turn:
+    """What the caller says, and what becomes of it."""
+    question: str
+    answer: str                                  # the right one
+    kind: str
+    wave: np.ndarray                             # float32 (n,)
+    interrupts: bool = False                     # it breaks into the answer before
+    frame: int | None = None                     # of the call, in which it begins
+
+
+class Caller:
+    """Speaks one Turn after the other, each once the answer to the one before has ended. `speak(heard)`: a frame's sound (1000,), None at the end."""
+
+    def __init__(self, turns: list[Turn], rng, pause_s=(0.5, 1.2), break_in_s=0.7, patience_s=4.0, noise=1e-3):
+        self.turns, self.rng, self.noise = turns, rng, noise
+        self.pauses = (np.array([rng.uniform(*pause_s) for _ in turns]) * FPS).round().astype(int)
+        self.break_in, self.patience = round(break_in_s * FPS), round(patience_s * FPS)
+        self.k, self.now, self.left = 0, -1, np.zeros(0, np.float32)          # frame of the call; turn; what it has still to say
+        self.waited = self.heard = self.hush = 0                              # frames since it spoke, with sound, and without since
+
+    def speak(self, heard: bool) -> np.ndarray | None:
+        if not len(self.left):
+            self.waited, self.heard, self.hush = self.waited + 1, self.heard + heard, 0 if heard else self.hush + 1
+            if self.due():
+                self.now += 1
+                if self.now == len(self.turns):
+                    return None
+                turn = self.turns[self.now]
+                turn.frame, self.left, self.waited, self.heard = self.k, turn.wave, 0, 0
+        out, self.left = self.left[:FRAME], self.left[FRAME:]
+        self.k += 1
+        return (np.pad(out, (0, FRAME - len(out))) + self.noise * self.rng.standard_normal(FRAME)).astype(np.float32)
+
+    def due(self) -> bool:
+        if self.now < 0 or self.waited >= self.patience and not self.heard:
+            return self.waited >= FPS // 2
+        after = self.turns[self.now + 1] if self.now + 1 < len(self.turns) else None
+        if after is not None and after.interrupts:
+            return self.heard >= self.break_in
+        return self.heard > 0 and self.hush >= self.pauses[self.now]
+
+
+@dataclass
+class Call:
+    """What was shown and heard: frame k of the call was due at k / 16 s."""
+    turns: list[Turn]
+    lines: list                                  # conversation.Lines
+    events: list
+    late: int = 0                                # frames that were not there in time
+    frames: list = field(default_factory=list)   # uint8 (H, W, 3)
+    waves: list = field(default_factory=list)    # of the face, (1000,)
+    spoken: list = field(default_factory=list)   # of the caller, (1000,)
+    number: list = field(default_factory=list)   # of the frame in the face's stream; held frames repeat it
+    at: list = field(default_factory=list)       # seconds on the clock
+
+
+def hold(talk, caller: Caller) -> Call:
+    """One call, from beginning to end, in real time."""
+    call, heard, progress = Call(caller.turns, talk.lines, talk.events), False, Progress(len(caller.turns), "turns of a live call")
+    with talk:
+        began = time.monotonic()
+        while (spoken := caller.speak(heard)) is not None:
+            frame, wave = talk.frame()
+            call.at.append(time.monotonic() - began)
+            for name, value in (("frames", frame), ("waves", wave), ("spoken", spoken), ("number", talk.next - 1)):
+                getattr(call, name).append(value)
+            heard = bool(np.abs(wave).max() > LOUD)
+            progress.step(caller.now - progress.done if caller.now > progress.done else 0)
+            time.sleep(max(0.0, began + len(call.at) / FPS - time.monotonic()))
+            talk.hear(spoken)
+        call.late, call.lines = talk.late, talk.lines
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------- its worth
+def seconds_of(call: Call, sample: int) -> float | None:
+    """When the stream's sample was played, in seconds of the call; None: never."""
+    k = int(np.searchsorted(call.number, sample // FRAME))
+    return call.at[k] + sample % FRAME / RATE if k < len(call.number) and call.number[k] == sample // FRAME else None
+
+
+def audible(wave: np.ndarray) -> tuple[int, int]:
+    """The first sample that is heard, and the one after the last."""
+    loud = np.flatnonzero(np.abs(wave) > LOUD)
+    return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, len(wave))
+
+
+def exchanges(call: Call) -> list[dict]:
+    """Each turn with its answer: asked and answered (s), reply_ms, right, lines; interrupted_ms where it broke in."""
+    out, starts = [], [t.frame / FPS for t in call.turns] + [float("inf")]
+    for turn, begin, following in zip(call.turns, starts, starts[1:]):
+        first, last = audible(turn.wave)
+        end = begin + last / RATE
+        lines = [x for x in call.lines if x.text and (t := seconds_of(call, x.start)) is not None and end <= t < following + 0.25]
+        said = [w for x in lines for w in split_words(x.text)]
+        wanted = split_words(turn.answer)
+        cut = any(x.stop is not None for x in lines)
+        row = {"turn": turn, "asked": end, "lines": lines, "said": " ".join(x.text for x in lines), "cut": cut,
+               "right": bool(said) and said == (wanted[:len(said)] if cut else wanted)}
+        if lines:
+            row["answered"] = seconds_of(call, lines[0].start + audible(lines[0].wave)[0])
+            row["reply_ms"] = 1000 * (row["answered"] - end)
+        if turn.interrupts and (stopped := [x.stop for x in call.lines if x.stop is not None and begin <= (seconds_of(call, x.stop) or -1) < begin + 2]):
+            row["interrupted_ms"] = 1000 * (seconds_of(call, stopped[0] + FADE) - begin - first / RATE)
+        out.append(row)
+    return out
+
+
+def truth(call: Call) -> np.ndarray:
+    """The mouth's opening that the face's sound asks for, in every frame of its stream (n,)."""
+    phones, end = [], 0.0
+    for x in call.lines:
+        begin, phones = x.start / RATE, [*phones, speech.Phone("sil", end, x.start / RATE)]
+        end = x.end / RATE
+        phones += [speech.Phone(p.symbol, begin + p.start, min(begin + p.end, end)) for p in x.phones if begin + p.start < end]
+    phones.append(speech.Phone("sil", end, end + 1))
+    return avatar.mouth_track(phones, call.number[-1] + 1, FPS)[:, 0]
+
+
+def lips(call: Call, reader) -> tuple[np.ndarray, np.ndarray]:
+    """Opening read off what was shown, and its truth, both (n,) in frames of the stream; held frames count once."""
+    from .data import to_float
+    shown = np.unique(call.number, return_index=True)[1]
+    pictures = np.stack([call.frames[k] for k in shown])
+    read = np.concatenate([reader.read(to_float(part[None]))[0, :, 0].numpy() for part in np.array_split(pictures, -(-len(pictures) // 256))])
+    return read, truth(call)[np.array(call.number)[shown]]
+
+
+def scores(call: Call, reader) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Numbers of a call, and the mouth's opening read and true (n,)."""
+    rows, (read, true) = exchanges(call), lips(call, reader)
+    spans = [(x.start // FRAME, -(-x.end // FRAME)) for x in call.lines if x.text]
+    r = np.array([metrics.pearson(read[a:b], true[a:b]) for a, b in spans if b - a >= 8 and b <= len(read)])
+    listening = np.ones(len(read), bool)
+    for a, b in spans:
+        listening[max(a - 6, 0):b + 6] = False
+    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "asked": len(rows), "late": call.late / len(call.frames), "seconds": len(call.frames) / FPS,
+               "n": len(rows), "answers": len(r), "listening_opening_mean": float(read[listening].mean()) if listening.any() else None}
+    numbers |= metrics.interval("right_live", np.array([float(x["right"]) for x in rows])) | (metrics.interval("lip_r", r) if len(r) else {})
+    for name in ("reply_ms", "interrupted_ms"):
+        if some := [x[name] for x in rows if name in x]:
+            numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}
+    return numbers, read, true
+
+
+def percentile(name: str, values: np.ndarray, q: float, n: int = 2000, seed: int = 0) -> dict[str, float]:
+    """A percentile with its 95 % bootstrap interval: name, name_lo, name_hi."""
+    drawn = np.random.default_rng(seed).choice(values, (n, len(values)))
+    lo, hi = np.percentile(np.percentile(drawn, q, axis=1), [2.5, 97.5])
+    return {name: float(np.percentile(values, q)), f"{name}_lo": float(lo), f"{name}_hi": float(hi)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tmlib import rehearsal, speech
-from tmlib.conversation import FADE, Line
+from tmlib.conversation import FADE, Event, Line
 from tmlib.rehearsal import Call, Caller, Turn, exchanges
 
 TONE = 0.3 * np.sin(np.arange(16_000) * 0.3).astype(np.float32)
@@ -64,11 +64,14 @@ def test_a_reply_is_timed_from_sound_to_sound():
     turns = [turn(4), turn(4, answer="No.")]
     turns[0].frame, turns[1].frame = 2, 40
     made = call([line(14_000, 8, "Yes, of course."), line(60_000, 6, "Yes!")], turns, held=(20, 21))
+    made.events += [Event("began", 0.2), Event("heard", 0.6), Event("answer", 0.7, "Yes, of course."), Event("heard", 3.2)]
     first, second = exchanges(made)
     lead = int(np.flatnonzero(np.abs(made.lines[0].wave) > rehearsal.LOUD)[0])
     end = (2000 + rehearsal.audible(turns[0].wave)[1] - 1000 + 1000) / 16_000
     assert first["asked"] == pytest.approx(end) and first["reply_ms"] == pytest.approx(1000 * ((14_000 + lead) / 16_000 - end))
-    assert first["right"] and not second["right"] and second["said"] == "Yes!"
+    assert first["right"] and not second["right"] and second["said"] == "Yes!" and "hear_ms" not in second
+    parts = [first[name] for name in ("hear_ms", "think_ms", "show_ms")]
+    assert parts[1] == pytest.approx(100) and sum(parts) == pytest.approx(first["reply_ms"]) and min(parts) > 0
     assert second["answered"] == pytest.approx((62_000 + lead) / 16_000)      # two frames were held before it: it came later than in the stream
 
 

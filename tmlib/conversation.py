@@ -109,11 +109,12 @@ class Line:
 class Conversation:
     """One caller and one face. streamer: made with undo=1; picture: uint8 (H, W, 3).
 
-    text, listening, image_tokens, audio_mask: see `Streamer.stream`. clock: seconds, for tests.
+    text, listening, image_tokens, audio_mask: see `Streamer.stream`. takes_back: else what is made is shown, to measure what that costs.
+    clock: seconds, for tests.
     """
 
-    def __init__(self, streamer, partner, picture, *, ear=None, clock=time.monotonic, **given):
-        self.streamer, self.partner, self.picture, self.given = streamer, partner, picture, given
+    def __init__(self, streamer, partner, picture, *, ear=None, takes_back=True, clock=time.monotonic, **given):
+        self.streamer, self.partner, self.picture, self.given, self.takes_back = streamer, partner, picture, given, takes_back
         self.ear, self.clock, self.cost = ear or Ear(), clock, 0.0   # cost: seconds that a chunk takes, rather too many
         self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
         self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
@@ -203,7 +204,7 @@ class Conversation:
 
     def make(self) -> bool:
         """Make a chunk, anew or again, if one is wanted; returns whether."""
-        if self.more or self.interrupted:
+        if self.takes_back and (self.more or self.interrupted):
             self.take_back()
         with self.lock:
             if len(self.ready) >= self.ahead:

@@ -106,7 +106,7 @@ def audible(wave: np.ndarray) -> tuple[int, int]:
 
 
 def exchanges(call: Call) -> list[dict]:
-    """Each turn with its answer: asked and answered (s), reply_ms, right, lines; interrupted_ms where it broke in."""
+    """Each turn with its answer: asked and answered (s), reply_ms and its parts, right, lines; interrupted_ms where it broke in."""
     out, starts = [], [t.frame / FPS for t in call.turns] + [float("inf")]
     for turn, begin, following in zip(call.turns, starts, starts[1:]):
         first, last = audible(turn.wave)
@@ -120,8 +120,13 @@ def exchanges(call: Call) -> list[dict]:
         if lines:
             row["answered"] = seconds_of(call, lines[0].start + audible(lines[0].wave)[0])
             row["reply_ms"] = 1000 * (row["answered"] - end)
-        if turn.interrupts and (stopped := [x.stop for x in call.lines if x.stop is not None and begin <= (seconds_of(call, x.stop) or -1) < begin + 2]):
-            row["interrupted_ms"] = 1000 * (seconds_of(call, stopped[0] + FADE) - begin - first / RATE)
+            heard, known = (next((e.at for e in call.events if e.kind == kind and end <= e.at <= row["answered"]), None) for kind in ("heard", "answer"))
+            if heard and known:                                               # where the time goes: to hear that the turn has ended, to think, to show
+                row |= {"hear_ms": 1000 * (heard - end), "think_ms": 1000 * (known - heard), "show_ms": 1000 * (row["answered"] - known)}
+        if turn.interrupts:
+            stops = [x.stop for x in call.lines if x.stop is not None and begin <= (seconds_of(call, x.stop) or -1) < begin + 2]
+            if stops:
+                row["interrupted_ms"] = 1000 * (seconds_of(call, stops[0] + FADE) - begin - first / RATE)
         out.append(row)
     return out
 
@@ -154,10 +159,10 @@ def scores(call: Call, reader) -> tuple[dict, np.ndarray, np.ndarray]:
     listening = np.ones(len(read), bool)
     for a, b in spans:
         listening[max(a - 6, 0):b + 6] = False
-    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "asked": len(rows), "late": call.late / len(call.frames), "seconds": len(call.frames) / FPS,
-               "n": len(rows), "answers": len(r), "listening_opening_mean": float(read[listening].mean()) if listening.any() else None}
+    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "seconds": len(call.frames) / FPS,
+               "late": call.late / len(call.frames), "listening_opening_mean": float(read[listening].mean()) if listening.any() else None}
     numbers |= metrics.interval("right_live", np.array([float(x["right"]) for x in rows])) | (metrics.interval("lip_r", r) if len(r) else {})
-    for name in ("reply_ms", "interrupted_ms"):
+    for name in ("reply_ms", "interrupted_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}
     return numbers, read, true

@@ -17,7 +17,7 @@ endif
 # Running a notebook by hand leaves outputs and kernel metadata in it; with these keys too, its bytes are restored.
 STRIP := --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help env doctor test repro lab plan bench talk study strip check-stripped clean-scratch
+.PHONY: help env doctor test repro lab plan bench talk call study strip check-stripped clean-scratch
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -61,6 +61,10 @@ bench: $(READY)  ## measure the full-size model on this machine's GPU -> data/me
 talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
 	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }
 	@$(PY) -m tmlib.talk "$(FACE)" "$(SPEECH)" "$(or $(OUT),out.mp4)" $(ARGS)
+
+call: $(READY)  ## a live call in the browser: FACE=face.png, then open the address (after `make repro`)
+	@test -n "$(FACE)" || { echo "usage: make call FACE=face.png" >&2; exit 2; }
+	@$(PY) -m tmlib.call "$(FACE)" $(ARGS)
 
 study: $(READY)  ## make a blind side-by-side study: FOLDER=study (after `make repro`); its votes: python -m tmlib.study count
 	@$(PY) -m tmlib.study make "$(or $(FOLDER),study)" $(ARGS)

@@ -39,7 +39,7 @@ ALLOWED = {
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }
-ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub speech", "conversation": "sound", "call": "media conversation talk",
+ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub speech", "conversation": "sound", "call": "media talk",
             "rehearsal": "avatar conversation dialogue metrics sound speech"}
 ALLOWED["soak"] = "latency metrics placement sound"
 ALLOWED["faults"] = "latency sound talk"
@@ -48,7 +48,7 @@ ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "repor
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
 LIGHT = ["config", "attention", "flow", "layers", "ranks", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "plan",
          "stand_in", "timing", "bench"]
-HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad"]
+HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad", "aiohttp", "aiortc"]
 
 
 def yaml(name):

@@ -40,9 +40,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A folder with a Qwen2-Audio as it lies on the hub: its classes, its processor and its chat template, two layers, two seconds, 80 words."""
+    return save_model(tmp_path_factory.mktemp("qwen2_audio"))
+
+
+def save_model(folder):
+    """`folder` with a Qwen2-Audio as it lies on the hub: its classes, its processor and its chat template, two layers, two seconds, 80 words."""
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, WhisperFeatureExtractor
-    folder, words = tmp_path_factory.mktemp("qwen2_audio"), tokenizer()
+    words = tokenizer()
     ears = dict(num_mel_bins=16, d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=50 * PIECE)
     text = dict(model_type="qwen2", vocab_size=len(words), hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.4)

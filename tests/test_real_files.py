@@ -22,7 +22,7 @@ SPLITS = ("train", "generic", "test", "natural")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, house):
-    """videos/, people who speak and who listen, and one without sound; wan/, w2v/: the public parts."""
+    """videos/, people who speak and who listen, and one without sound; wan/, w2v/, qwen2_audio/: the public parts."""
     public.skip_without_faces()
     folder = tmp_path_factory.mktemp("world")
     for i in range(PEOPLE):
@@ -42,6 +42,7 @@ def trial(params, world):
     for stage in ("codec", "readers", "base"):
         made[stage] = {**smoke[stage], "pretrained": wan}
     made["speech"] = {**smoke["speech"], "pretrained": str(world / "w2v"), "wav2vec": {"layers": [1, 2], "past_s": 0.5}, "per_frame": 4, "context": 2}
+    made["conversation"] = {**smoke["conversation"], "pretrained": str(world / "qwen2_audio"), "settings": {"tokens": 12}}
     made["latents"] = {"text_dim": 16, "mouth_weight": wan14b["latents"]["mouth_weight"]}
     for stage in ("base", "adaptation", "teacher"):
         made[stage] = {**made[stage], "prior": wan14b[stage]["prior"]}
@@ -76,13 +77,13 @@ def test_every_stage_has_run(run):
     again = said(dvc(run, "repro"))
     assert "Running stage" not in again and "up to date" in again
     assert {p.stem for p in (run / "reports" / "nb").glob("*.ipynb")} == {p.stem for p in (run / "notebooks").glob("*.ipynb")} - {"70_ablations"}
-    assert {p.name for p in (run / "reports" / "videos").iterdir()} == {f"{who}_{k}.mp4" for who in ("teacher", "student") for k in (1, 2, 3)}
+    assert {p.name for p in (run / "reports" / "videos").iterdir()} == {f"{who}_{k}.mp4" for who in ("teacher", "student") for k in (1, 2, 3)} | {"conversation.mp4"}
     assert not [p for p in (run / "data" / "scratch").glob("latents-*")]
 
 
 def test_what_is_public_is_linked_and_what_is_unusable_is_told(run):
     """Three people a split, as `shares` says; nothing was trained in the place of a public part."""
-    assert all(hub.linked(run / "data" / "models" / f"{name}.safetensors") for name in ("vae", "speech", "readers"))
+    assert all(hub.linked(run / "data" / "models" / f"{name}.safetensors") for name in ("vae", "speech", "readers", "dialogue"))
     base = read(run, "reports/metrics/base.json")
     assert base["train_loss"] is None and base["test_flow_loss"] > 0
     assert [u["video"] for u in read(run, "data/clips/unusable.json")["unusable"]] == ["silent.mp4"]
@@ -94,7 +95,7 @@ def test_what_is_public_is_linked_and_what_is_unusable_is_told(run):
 def test_what_was_measured_is_a_number(run):
     metrics = {p.stem: read(run, p) for p in (run / "reports" / "metrics").glob("*.json")}
     assert set(metrics) == {"data", "codec", "speech", "readers", "base", "adaptation", "teacher", "student", "streaming", "latency", "latency_matrix",
-                            "robustness", "other_teacher"}
+                            "robustness", "other_teacher", "dialogue", "conversation"}
     assert {m["scale"] for m in metrics.values()} == {"trial"}
     for name in ("teacher", "student"):
         m = metrics[name]
@@ -102,6 +103,7 @@ def test_what_was_measured_is_a_number(run):
         assert 0 <= m["listening_opening_mean"] <= 1 and m["frechet"] > 0 and m["n"] == 2 * PEOPLE // 4
     assert all(-1 <= metrics["other_teacher"][f"{who}_lip_r"] <= 1 for who in ("teacher", "student"))
     assert metrics["streaming"]["chunks"] == 24 and metrics["latency"]["serial_fps"] > 0
+    assert metrics["conversation"]["n"] == 2 and metrics["conversation"]["seconds"] > 5 and metrics["dialogue"]["right"] is None
     assert metrics["robustness"]["n"] == 3 and -1 <= metrics["robustness"]["lip_r_noise"] <= 1
 
 
@@ -113,6 +115,7 @@ def test_what_is_null_is_so_for_a_reason(run):
         assert parts[f"teacher:lip_r_{style}"]["holds"] is None and "no clip of this style" in parts[f"teacher:lip_r_{style}"]["reason"]
     for kind in ("accent", "rate"):
         assert parts[f"robustness:lip_r_ratio_{kind}"]["holds"] is None and "real clips" in parts[f"robustness:lip_r_ratio_{kind}"]["reason"]
+    assert "no list says" in parts["dialogue:right"]["reason"]
     for metric in ("teacher:lip_r", "student:teacher_ratio", "streaming:toggle_latency_frames", "robustness:lip_r_ratio_noise"):
         assert isinstance(parts[metric]["holds"], bool) and parts[metric]["value"] is not None, metric
     assert all(part["reason"] for part in parts.values() if part["holds"] is None)

@@ -296,7 +296,7 @@ async def serve(app: web.Application, listening: socket.socket) -> None:
 def _load(args) -> Callable[[], "Conversation"]:
     """The models, loaded once -> what makes the conversation of one call."""
     from .conversation import open_call
-    return open_call(args.face, args.models, args.seed, args.style_prompt)
+    return open_call(args.face, args.models, args.seed, args.style_prompt, args.partner, args.voice)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -308,6 +308,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--port", type=int, default=8016, metavar="N", help="of the page; 0: any free one (default 8016)")
     add("--host", default="127.0.0.1", help="of the page; 0.0.0.0: reached from everywhere (default 127.0.0.1, from this machine alone)")
     add("--stun", action="append", default=[], metavar="HOST:PORT", help="who tells both sides their public address (default: nobody)")
+    add("--partner", metavar="NAME", help="folder or hub id of a public audio language model, such as Qwen/Qwen2-Audio-7B-Instruct (default: the models' own)")
+    add("--voice", metavar="NAME", help="who speaks, of data/voices.yaml")
     add("--seed", type=int, default=0, metavar="N", help="another seed gives other blinks and sway (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     return parser

@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
@@ -314,21 +313,29 @@ class Conversation:
             self.failed = UserError(f"the conversation broke off: {type(error).__name__}: {error}")
 
 
-def open_call(face: str, folder: Path, seed: int = 0, prompt: str = "", voice: str | None = None):
-    """Load everything once -> a function that makes a Conversation with this face, for each caller. UserError names what is missing."""
+def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None):
+    """Load everything once -> what makes the Conversation of one call with this face. UserError names what is missing.
+
+    partner: folder or hub id of a public audio language model; None: that of the models' folder. voice: a name of data/voices.yaml.
+    """
     import torch
 
-    from . import data, dialogue, media, speech, talk
-    m = talk.load_models(folder)
-    lm, voices = dialogue.load(folder), {v.name: v for some in speech.load_voices().values() for v in some}
-    if voice is not None and voice not in voices:
+    from . import audio_llm, data, dialogue, media, speech, talk
+    voices = {v.name: v for some in speech.load_voices().values() for v in some}
+    speaker = voices.get(voice) or speech.load_voices()["test"][0]
+    if voice not in (None, *voices):
         raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
+    m = talk.load_models(folder)
+    mind = audio_llm.load(partner, speaker) if partner else dialogue.load_partner(folder, m.encoder, speaker)
+    if isinstance(mind, dialogue.Partner):
+        print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
+              "Where does a whale live? (data/dialogue.yaml has all it knows; --partner: a public model)", flush=True)
     picture = media.read_image(face, m.how["size"])
     tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
     told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
 
     def call() -> Conversation:
-        partner = dialogue.Partner(lm, m.encoder, voices[voice] if voice else speech.load_voices()["test"][0])
-        return Conversation(talk.make_streamer(m, seed=seed, undo=1), partner, picture, text=told["speaking"], listening=told["listening"],
+        mind.forget()
+        return Conversation(talk.make_streamer(m, seed=seed, undo=1), mind, picture, text=told["speaking"], listening=told["listening"],
                             image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
     return call

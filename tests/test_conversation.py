@@ -181,6 +181,15 @@ def test_what_is_said_is_said_once_and_in_order_whenever_it_comes(placement, tim
         c.close()
 
 
+def test_a_long_call_does_not_grow(monkeypatch):
+    monkeypatch.setattr(conversation, "LINES", 5)
+    c = talk()
+    for _ in range(9):
+        c.to_say.append(conversation.Line(SAID[:3000], 0))
+        show(c, 6)
+    assert len(c.lines) == 5 and c.lines[-1].shown and len(c.ready) < 20
+
+
 def test_an_interruption_fades_and_the_partner_learns_what_was_heard():
     c = talk(utterance(SAID, "one two three four"), utterance(SAID, "never heard"))
     show(c, 3)

@@ -27,6 +27,7 @@ from .sound import FPS, FRAME, RATE
 
 WINDOW = 512                                     # samples that silero's detector judges at once: 32 ms
 BEGINS, ENDS = 0.5, 0.35                         # its probability of speech from which somebody speaks, and below which nobody does
+LINES = 100                                      # said before, that are remembered: a call may last for hours
 FADE = 480                                       # samples in which an interrupted voice fades: 30 ms
 
 
@@ -174,6 +175,8 @@ class Conversation:
         for thread in self.threads:
             thread.join(10)
         self.threads = []
+        if self.chunks is not None:
+            self.chunks.close()
         self.streamer.close()
 
     def __enter__(self) -> "Conversation":
@@ -256,7 +259,7 @@ class Conversation:
                 wave = np.zeros(FRAME, np.float32) if line is None else line.wave
                 if line is not None:
                     line.start, self.spoken = self.sample, self.sample + len(wave)
-                    self.lines.append(line)
+                    self.lines = [*self.lines[1 - LINES:], line]
                 self.sample += len(wave)
             yield wave
 

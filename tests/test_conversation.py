@@ -218,6 +218,29 @@ def test_who_speaks_on_is_not_answered_twice():
     assert np.count_nonzero(sound) == np.count_nonzero(SAID)
 
 
+def test_a_partner_that_thinks_long_is_stopped_at_once():
+    c = talk()
+    show(c, 3)
+
+    def slow(wave):
+        c.hear(BEGIN)                                                         # the caller speaks on while it thinks
+        assert c.partner.cuts == [""]
+        yield utterance(SAID)
+    c.partner.reply = slow
+    c.hear(BEGIN), c.hear(TURN), answer(c)
+    assert not show(c, 40)[1].any() and "answer" not in [e.kind for e in c.events]
+
+
+def test_a_closed_call_has_not_failed():
+    c = Conversation(make_streamer(), Partner(), IMAGE, ear=ScriptedEar(), **PROMPT)
+    c.start()
+    c.close()
+    assert not c.make() or c.ready
+    while c.make():
+        pass
+    assert c.failed is None
+
+
 def test_a_late_face_holds_still_and_loses_nothing():
     c = talk(utterance(SAID))
     _, first = show(c, 9)

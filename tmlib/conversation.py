@@ -213,8 +213,10 @@ class Conversation:
                 return False
         self.chunks = self.chunks or self.streamer.chunks(self.picture, self.sound(), **self.given)
         began = self.clock()
-        chunk = next(self.chunks)
+        chunk = next(self.chunks, None)
         self.cost = max(self.clock() - began, 0.9 * self.cost)
+        if chunk is None:                                                     # the call was closed meanwhile
+            return False
         with self.lock:
             known = self.next + len(self.ready) - chunk.frame                 # frames that stayed as they were
             self.ready += list(zip(chunk.frames, chunk.wave.reshape(-1, FRAME)))[known:]
@@ -289,6 +291,8 @@ class Conversation:
         speaking = self.spoken > self.next * FRAME
         if speaking or self.thinking or self.to_say:
             self.cut = self.heard_of(self.turn)
+        if self.thinking:
+            self.partner.cut(self.cut)                                        # now too: a slow model need not finish
         self.turn += 1
         self.to_say.clear()
         self.interrupted |= speaking

@@ -58,6 +58,7 @@ def test_every_word_is_known_and_comes_back(book):
             assert set(split_words(e.answer)) <= words
             assert same(join_words(split_words(e.answer)), e.answer) and join_words(split_words(e.answer))[0].isupper()
     assert join_words(["hello", "!", "it", "is", ",", "well", ",", "good", "."]) == "Hello! It is, well, good."
+    assert split_words("I know Anna. Is it so?") == ["I", "know", "Anna", ".", "is", "it", "so", "?"] and split_words("Nice to") == ["nice", "to"]
     assert not same("The sky is blue.", "The sky is red.")
 
 

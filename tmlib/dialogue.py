@@ -110,12 +110,13 @@ def sentence(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """"It is. Good!" -> it, is, ., good, !"""
-    return re.findall(r"[\w']+|[.,!?]", text.lower())
+    """"It is Anna. Good!" -> it, is, Anna, ., good, !: where a sentence begins, a capital letter means nothing."""
+    words = re.findall(r"[\w']+|[.,!?]", text)
+    return [w.lower() if before in ".!?" and w != "I" else w for before, w in zip([".", *words], words)]
 
 
 def join_words(words: list[str]) -> str:
-    """Back again, with a capital letter where a sentence begins; names are no exception to small letters: nobody hears them."""
+    """Back again."""
     text = re.sub(r" ([.,!?])", r"\1", " ".join(words))
     return re.sub(r"(^|[.!?] )(\w)", lambda m: m[1] + m[2].upper(), text)
 

@@ -40,8 +40,10 @@ def test_of_every_fact_one_way_of_asking_is_held_out(book):
     assert answers["train"] == answers["test"] and len(answers["test"]) == len(book.facts["test"])
     for train, test in zip(book.tells["train"], book.tells["test"], strict=True):
         assert not {e.question for _, e in train} & {e.question for _, e in test} and {x for x, _ in train} == {x for x, _ in test}
-    held = {e.question.replace(e.answer.split(" is ")[0].lower(), "") for e in book.facts["test"]}
-    assert len(held) > 10, "not always the same way of asking"
+    asks = ["{x} one", "{x} two", "{x} three", "{x} four"]
+    held = [dialogue._ways(asks, x, "test") for x in ("coal", "snow", "tea", "salt", "milk", "grass", "blood", "Rome")]
+    assert all(len(some) == 1 for some in held) and len({some[0] for some in held}) > 2, "not always the same way of asking"
+    assert all(set(dialogue._ways(asks, "tea", "train")) == set(asks) - set(dialogue._ways(asks, "tea", "test")) for _ in held)
 
 
 def test_no_question_has_two_answers(book):

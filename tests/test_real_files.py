@@ -103,7 +103,7 @@ def test_what_was_measured_is_a_number(run):
         assert 0 <= m["listening_opening_mean"] <= 1 and m["frechet"] > 0 and m["n"] == 2 * PEOPLE // 4
     assert all(-1 <= metrics["other_teacher"][f"{who}_lip_r"] <= 1 for who in ("teacher", "student"))
     assert metrics["streaming"]["chunks"] == 24 and metrics["latency"]["serial_fps"] > 0
-    assert metrics["conversation"]["n"] == 2 and metrics["conversation"]["seconds"] > 5 and metrics["dialogue"]["right"] is None
+    assert metrics["conversation"]["n"] == 2 and metrics["conversation"]["seconds"] > 5 and metrics["dialogue"]["right_unseen"] is None
     assert metrics["robustness"]["n"] == 3 and -1 <= metrics["robustness"]["lip_r_noise"] <= 1
 
 
@@ -115,7 +115,7 @@ def test_what_is_null_is_so_for_a_reason(run):
         assert parts[f"teacher:lip_r_{style}"]["holds"] is None and "no clip of this style" in parts[f"teacher:lip_r_{style}"]["reason"]
     for kind in ("accent", "rate"):
         assert parts[f"robustness:lip_r_ratio_{kind}"]["holds"] is None and "real clips" in parts[f"robustness:lip_r_ratio_{kind}"]["reason"]
-    assert "no list says" in parts["dialogue:right"]["reason"]
+    assert "no list says" in parts["dialogue:right_unseen"]["reason"]
     for metric in ("teacher:lip_r", "student:teacher_ratio", "streaming:toggle_latency_frames", "robustness:lip_r_ratio_noise"):
         assert isinstance(parts[metric]["holds"], bool) and parts[metric]["value"] is not None, metric
     assert all(part["reason"] for part in parts.values() if part["holds"] is None)

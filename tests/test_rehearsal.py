@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tmlib import rehearsal, speech
+from tmlib.config import UserError
 from tmlib.conversation import FADE, Event, Line
 from tmlib.rehearsal import Call, Caller, Turn, exchanges
 
@@ -85,7 +86,20 @@ def test_an_interruption_is_timed_until_silence():
     first, second = exchanges(made)
     begins = rehearsal.audible(turns[1].wave)[0] / 16_000
     assert first["right"] and first["cut"] and second["interrupted_ms"] == pytest.approx(1000 * ((25_000 + FADE) / 16_000 - 20 / 16 - begins))
-    assert second["lines"] == [] and not second["right"]
+    assert second["lines"] == [] and not second["right"] and second["reply_ms"] == 4000
+    _, second = exchanges(call([line(10_000, 60, "Yes, of course. And so on.")], turns))
+    assert second["interrupted_ms"] == 2000                                   # it talked on
+
+
+def test_a_caller_does_not_wait_for_ever_to_break_into_a_short_answer():
+    turns = [turn(5), turn(3, interrupts=True), turn(4)]
+    speaks, _ = act(Caller(turns, np.random.default_rng(0)), {0, 1, 2}, length=5)
+    assert speaks.sum() == 12
+
+
+def test_a_rehearsal_is_no_longer_than_what_is_remembered():
+    with pytest.raises(UserError, match="60 turns: at most 50"):
+        rehearsal.hold(None, Caller([turn(1) for _ in range(60)], np.random.default_rng(0)))
 
 
 def test_scores_compare_the_mouth_with_what_the_face_says():

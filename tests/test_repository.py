@@ -39,7 +39,7 @@ ALLOWED = {
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }
-ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub speech", "conversation": "sound", "call": "media talk",
+ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub speech", "ear": "sound", "conversation": "ear sound stream", "call": "media talk",
             "rehearsal": "avatar conversation dialogue metrics sound speech"}
 ALLOWED["soak"] = "latency metrics placement sound"
 ALLOWED["faults"] = "latency sound talk"

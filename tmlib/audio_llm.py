@@ -70,6 +70,11 @@ class AudioLLM:
         self.thread.start()
         return self._speak(turn, streamer, self.stop, failed)
 
+    def hush(self):
+        """Writing stops at the next token; what was handed over stays as it is."""
+        with self.lock:
+            self.stop.set()
+
     def cut(self, heard: str):
         """The caller interrupted: of the last answer only `heard` was spoken. Writing stops at the next token."""
         with self.lock:                                                       # no piece is added behind it

@@ -9,9 +9,9 @@
 What is special
 - A stream must make a chunk (0.75 s) before it is shown, and to wait for the next chunk is to wait too long for an answer. So chunks are made
   of silence while nothing is to be said, and *taken back* when something is: what was not shown yet is made again with the new sound
-  (`Streamer.rewind`). An answer waits for two frames and the making of one chunk, not for up to two chunks; an interruption likewise.
-- What was shown is never changed, frames and sound stay together, and nothing that is to be said is lost: a face that comes late holds still.
-- A partner has `reply(wave)`, which yields speech.Utterance, `cut(heard)` and `forget()`: `dialogue.Partner` or `audio_llm.AudioLLM`.
+  (`Streamer.rewind`). An answer waits for two frames, in which its chunk is made, not for up to two chunks; an interruption likewise.
+- What was shown is never changed, frames and sound stay together, and no answer loses a sample unless it is interrupted: a face that comes late holds still.
+- A partner has `reply(wave)`, which yields speech.Utterance, `hush()`, `cut(heard)` and `forget()`: `dialogue.Partner` or `audio_llm.AudioLLM`.
 """
 import math
 import threading
@@ -23,71 +23,21 @@ from queue import SimpleQueue
 import numpy as np
 
 from .config import UserError
-from .sound import FPS, FRAME, RATE
+from .ear import Ear
+from .sound import FPS, FRAME
+from .stream import STRIDE
 
-WINDOW = 512                                     # samples that silero's detector judges at once: 32 ms
-BEGINS, ENDS = 0.5, 0.35                         # its probability of speech from which somebody speaks, and below which nobody does
 LINES = 100                                      # said before, that are remembered: a call may last for hours
 FADE = 480                                       # samples in which an interrupted voice fades: 30 ms
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened. began, heard: of the caller's turn; answer: known what to say; spoke: its first frame is shown; interrupted: by the caller."""
+    """What happened. began, heard: of the caller's turn; answer: known what to say; spoke: its first frame is shown; interrupted: by the caller;
+    nothing: the partner had no answer."""
     kind: str
     at: float                                    # seconds since the conversation began
     text: str = ""
-
-
-class Ear:
-    """Cuts turns out of a caller's sound (silero's voice activity detector).
-
-    hush_s: silence that ends a turn; onset_s: speech that begins one; lead_s: sound before it that is kept; longest_s: a turn is cut there.
-    """
-
-    def __init__(self, hush_s: float = 0.35, onset_s: float = 0.13, lead_s: float = 0.3, longest_s: float = 20.0, detector=None):
-        count = lambda seconds: max(1, round(seconds * RATE / WINDOW))
-        self.hush, self.onset, self.longest = count(hush_s), count(onset_s), count(longest_s)
-        self.detector = detector or detect()
-        self.rest = np.zeros(0, np.float32)
-        self.before, self.turn = deque(maxlen=count(lead_s) + self.onset), None                # windows
-        self.voiced = self.quiet = 0             # windows in a row
-
-    def hear(self, wave: np.ndarray) -> list[tuple[str, np.ndarray | None]]:
-        """A piece of sound of any size, float32 (n,) at 16 kHz -> what happened in it: ("began", None) or ("heard", the turn's wave)."""
-        self.rest = np.concatenate([self.rest, np.asarray(wave, np.float32)])
-        whole = len(self.rest) // WINDOW * WINDOW
-        windows, self.rest = self.rest[:whole].reshape(-1, WINDOW), self.rest[whole:].copy()
-        return [event for window in windows if (event := self.judge(window)) is not None]
-
-    def judge(self, window: np.ndarray):
-        p = self.detector(window)
-        if self.turn is None:
-            self.before.append(window)
-            self.voiced = self.voiced + 1 if p >= BEGINS else 0
-            if self.voiced >= self.onset:
-                self.turn, self.quiet = list(self.before), 0
-                return "began", None
-            return None
-        self.turn.append(window)
-        self.quiet = self.quiet + 1 if p < ENDS else 0
-        if self.quiet >= self.hush or len(self.turn) >= self.longest:
-            wave, self.turn, self.voiced = np.concatenate(self.turn), None, 0
-            self.before.clear()
-            return "heard", wave
-        return None
-
-
-def detect():
-    """silero's detector as a function: a window (512,) at 16 kHz -> the probability that somebody speaks. It remembers the windows before."""
-    import torch
-    from silero_vad import load_silero_vad
-    model = load_silero_vad()
-
-    def probability(window: np.ndarray) -> float:
-        with torch.no_grad():
-            return model(torch.from_numpy(window), RATE).item()
-    return probability
 
 
 @dataclass
@@ -123,7 +73,8 @@ class Conversation:
         self.to_say, self.lines = deque(), []                        # Lines that the stream was not given yet, and those it was
         self.sample = self.spoken = 0                                # of the stream's sound: where it ends, and where its last line does
         self.more = self.interrupted = False                         # why what is to come must be made again
-        self.turns, self.turn, self.thinking, self.cut = SimpleQueue(), 0, False, None
+        self.turns, self.turn = SimpleQueue(), 0                     # heard, with their number; that of the last one begun
+        self.answered, self.thinking, self.cut = 0, False, None      # the turn that the partner was last given; how much of its answer was heard
         self.began = clock()
 
     # ---- what goes in and comes out
@@ -172,12 +123,15 @@ class Conversation:
             self.closed, self.turn = True, self.turn + 1
         self.changed.set()
         self.turns.put(None)
-        for thread in self.threads:
-            thread.join(10)
-        self.threads = []
-        if self.chunks is not None:
-            self.chunks.close()
-        self.streamer.close()
+        self.partner.hush()
+        try:
+            for thread in self.threads:
+                thread.join(10)
+            if self.chunks is not None and not any(thread.is_alive() for thread in self.threads):
+                self.chunks.close()
+        finally:
+            self.threads = []
+            self.streamer.close()
 
     def __enter__(self) -> "Conversation":
         self.start()
@@ -191,7 +145,7 @@ class Conversation:
     @property
     def keep(self) -> int:
         """Frames that stay as they are while a chunk is made again: they are shown meanwhile."""
-        return max(2, math.ceil(1.5 * self.cost * FPS))
+        return min(max(2, math.ceil(1.5 * self.cost * FPS)), STRIDE * self.streamer.chunk)
 
     @property
     def ahead(self) -> int:
@@ -214,7 +168,7 @@ class Conversation:
         self.chunks = self.chunks or self.streamer.chunks(self.picture, self.sound(), **self.given)
         began = self.clock()
         chunk = next(self.chunks, None)
-        self.cost = max(self.clock() - began, 0.9 * self.cost)
+        self.cost = max(self.clock() - began, 0.8 * self.cost)
         if chunk is None:                                                     # the call was closed meanwhile
             return False
         with self.lock:
@@ -238,10 +192,9 @@ class Conversation:
         with self.lock:
             back, self.lines = [x for x in self.lines if x.start >= at], [x for x in self.lines if x.start < at]
             self.sample, self.spoken = at, min(self.spoken, at)
+            self.to_say.extendleft(reversed([x for x in back if not interrupted or x.answer == self.turn]))       # given too early to an overlapping stage
             if interrupted:
                 self.fade(forgotten)
-            else:
-                self.to_say.extendleft(reversed(back))
         self.chunks = self.streamer.resume()
 
     def fade(self, forgotten: np.ndarray) -> None:
@@ -268,14 +221,17 @@ class Conversation:
     # ---- the partner
 
     def think(self) -> None:
+        before = []                              # turns that the caller went on from before they could be answered
         while (heard := self.turns.get()) is not None:
             number, wave = heard
             with self.lock:
                 if number != self.turn:
-                    continue                                                  # the caller spoke on: the next turn counts
-                self.thinking, cut, self.cut = True, self.cut, None
+                    before.append(wave)
+                    continue
+                self.answered, self.thinking, cut, self.cut = number, True, self.cut, None
             if cut is not None:
                 self.partner.cut(cut)
+            known, wave, before = len(self.events), np.concatenate([*before, wave]), []
             for said in self.partner.reply(wave):
                 with self.lock:
                     if number != self.turn:
@@ -284,15 +240,18 @@ class Conversation:
                     self.to_say.append(Line(said.wave, number, said.text, said.phones))
                     self.more = True
                 self.changed.set()
-            self.thinking = False
+            with self.lock:
+                self.thinking = False
+                if number == self.turn and not any(e.kind == "answer" for e in self.events[known:]):
+                    self.note("nothing")
 
     def interrupt(self) -> None:
         """The caller speaks: what was being said or thought ends, and the partner will be told how much of it was heard."""
         speaking = self.spoken > self.next * FRAME
         if speaking or self.thinking or self.to_say:
-            self.cut = self.heard_of(self.turn)
+            self.cut = self.heard_of(self.answered)
         if self.thinking:
-            self.partner.cut(self.cut)                                        # now too: a slow model need not finish
+            self.partner.hush()                  # a slow model need not finish
         self.turn += 1
         self.to_say.clear()
         self.interrupted |= speaking

@@ -6,7 +6,7 @@ What is special
 - No text of the caller exists anywhere: the speech encoder's features go straight into the transformer (transformers' Llama, small), between
   the words of its own earlier answers. So it can be asked what was said before.
 - What it can talk about stands in data/dialogue.yaml. Of each fact one way of asking is held out, and so are the test split's voices.
-- `reply`, `cut` and `forget` are what a `conversation` asks of a partner; `audio_llm.AudioLLM`, with public weights, has the same.
+- `reply`, `hush`, `cut` and `forget` are what a `conversation` asks of a partner; `audio_llm.AudioLLM`, with public weights, has the same.
 """
 import json
 import re
@@ -216,6 +216,9 @@ class Partner:
     def _speak(self, words: list[str]) -> Iterator[speech.Utterance]:
         if any(w.isalnum() for w in words):
             yield speech.synthesise(join_words(words), self.voice)
+
+    def hush(self) -> None:
+        """Stop writing: it takes a moment anyway."""
 
     def cut(self, heard: str) -> None:
         """The caller interrupted: of the last answer only `heard` was spoken."""

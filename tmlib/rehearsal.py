@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import avatar, metrics, speech
-from .config import Progress
-from .conversation import FADE
+from .config import Progress, UserError
+from .conversation import FADE, LINES
 from .dialogue import split_words
 from .sound import FPS, FRAME, RATE
 
 LOUD = 0.01                                      # samples above this are heard
+PATIENCE_S, BROKE_S = 4.0, 2.0                   # a caller waits no longer for an answer; an interruption has failed
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Turn:
 class Caller:
     """Speaks one Turn after the other, each once the answer to the one before has ended. `speak(heard)`: a frame's sound (1000,), None at the end."""
 
-    def __init__(self, turns: list[Turn], rng, pause_s=(0.5, 1.2), break_in_s=0.7, patience_s=4.0, noise=1e-3):
+    def __init__(self, turns: list[Turn], rng, pause_s=(0.5, 1.2), break_in_s=0.7, patience_s=PATIENCE_S, noise=1e-3):
         self.turns, self.rng, self.noise = turns, rng, noise
         self.pauses = (np.array([rng.uniform(*pause_s) for _ in turns]) * FPS).round().astype(int)
         self.break_in, self.patience = round(break_in_s * FPS), round(patience_s * FPS)
@@ -56,7 +57,7 @@ class Caller:
             return self.waited >= FPS // 2
         after = self.turns[self.now + 1] if self.now + 1 < len(self.turns) else None
         if after is not None and after.interrupts:
-            return self.heard >= self.break_in
+            return self.heard >= self.break_in or self.heard > 0 and self.hush >= self.pauses[self.now]      # or the answer was too short
         return self.heard > 0 and self.hush >= self.pauses[self.now]
 
 
@@ -75,7 +76,9 @@ class Call:
 
 
 def hold(talk, caller: Caller) -> Call:
-    """One call, from beginning to end, in real time."""
+    """One call, from beginning to end, in real time. UserError for more turns than a conversation remembers."""
+    if 2 * len(caller.turns) > LINES:
+        raise UserError(f"a rehearsal of {len(caller.turns)} turns: at most {LINES // 2}, of which a conversation remembers all that was said")
     call, heard, progress = Call(caller.turns, talk.lines, talk.events), False, Progress(len(caller.turns), "turns of a live call")
     with talk:
         began = time.monotonic()
@@ -106,7 +109,8 @@ def audible(wave: np.ndarray) -> tuple[int, int]:
 
 
 def exchanges(call: Call) -> list[dict]:
-    """Each turn with its answer: asked and answered (s), reply_ms and its parts, right, lines; interrupted_ms where it broke in."""
+    """Each turn with its answer: asked and answered (s), reply_ms and its parts, right, lines; interrupted_ms where it broke in. No answer counts
+    as one after PATIENCE_S, a voice that talks on as silent after BROKE_S."""
     out, starts = [], [t.frame / FPS for t in call.turns] + [float("inf")]
     for turn, begin, following in zip(call.turns, starts, starts[1:]):
         first, last = audible(turn.wave)
@@ -116,7 +120,7 @@ def exchanges(call: Call) -> list[dict]:
         wanted = split_words(turn.answer)
         cut = any(x.stop is not None for x in lines)
         row = {"turn": turn, "asked": end, "lines": lines, "said": " ".join(x.text for x in lines), "cut": cut,
-               "right": bool(said) and said == (wanted[:len(said)] if cut else wanted)}
+               "right": bool(said) and said == (wanted[:len(said)] if cut else wanted), "reply_ms": 1000 * PATIENCE_S}         # if none came, or too late
         if lines:
             row["answered"] = seconds_of(call, lines[0].start + audible(lines[0].wave)[0])
             row["reply_ms"] = 1000 * (row["answered"] - end)
@@ -124,9 +128,9 @@ def exchanges(call: Call) -> list[dict]:
             if heard and known:                                               # where the time goes: to hear that the turn has ended, to think, to show
                 row |= {"hear_ms": 1000 * (heard - end), "think_ms": 1000 * (known - heard), "show_ms": 1000 * (row["answered"] - known)}
         if turn.interrupts:
-            stops = [x.stop for x in call.lines if x.stop is not None and begin <= (seconds_of(call, x.stop) or -1) < begin + 2]
-            if stops:
-                row["interrupted_ms"] = 1000 * (seconds_of(call, stops[0] + FADE) - begin - first / RATE)
+            spoke = begin + first / RATE
+            ends = [seconds_of(call, x.stop + FADE) for x in call.lines if x.stop is not None]
+            row["interrupted_ms"] = 1000 * min((t - spoke for t in ends if t is not None and spoke <= t < spoke + BROKE_S), default=BROKE_S)
         out.append(row)
     return out
 
@@ -159,12 +163,14 @@ def scores(call: Call, reader) -> tuple[dict, np.ndarray, np.ndarray]:
     listening = np.ones(len(read), bool)
     for a, b in spans:
         listening[max(a - 6, 0):b + 6] = False
-    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "seconds": len(call.frames) / FPS,
+    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": len(call.frames) / FPS,
                "late": call.late / len(call.frames), "listening_opening_mean": float(read[listening].mean()) if listening.any() else None}
     numbers |= metrics.interval("right_live", np.array([float(x["right"]) for x in rows])) | (metrics.interval("lip_r", r) if len(r) else {})
-    for name in ("reply_ms", "interrupted_ms", "hear_ms", "think_ms", "show_ms"):
+    for name in ("reply_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}
+    if numbers["interruptions"]:
+        numbers["interrupted_ms_max"] = max(x.get("interrupted_ms", 0.0) for x in rows)
     return numbers, read, true
 
 

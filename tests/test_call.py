@@ -511,7 +511,7 @@ def test_the_page_needs_no_other_address(tmp_path):
     for needed in ('role="status"', "echoCancellation: true", "noiseSuppression: true", "playsinline", "prefers-color-scheme: dark",
                    "width=device-width"):
         assert needed in text
-    kinds = {"ended", "state", "began", "heard", "answer", "spoke", "interrupted"}
+    kinds = {"ended", "state", "began", "heard", "nothing", "answer", "spoke", "interrupted"}
     assert set(re.findall(r'kind === "(\w+)"', text)) == kinds       # each that the server sends is shown, and no other
 
 

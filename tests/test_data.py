@@ -1,12 +1,13 @@
 """data: clips are functions of their specs, test clips share nothing with training, and batches are cut as promised."""
 import dataclasses
 import warnings
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
-from tmlib import avatar, data
+from tmlib import avatar, data, speech
 from tmlib.config import UserError
 from tmlib.data import Clips, Spec, box_map, make_clip, per_latent, specs, to_float, to_uint8, write_split
 
@@ -30,16 +31,16 @@ def test_specs_are_determined_and_in_proportion():
 
 
 def test_what_is_held_out_is_held_out():
-    train, test = (specs(split, 30, KINDS, 30, seed=0) for split in ("train", "test"))
-    assert not {s.identity for s in train} & {s.identity for s in test}
-    assert not {s.seed for s in train} & {s.seed for s in test}
+    made = {split: specs(split, 30, KINDS, 30, seed=0) for split in speech.SPLITS}
+    pairs = list(combinations(speech.SPLITS, 2))
+    assert not any({s.identity for s in made[a]} & {s.identity for s in made[b]} for a, b in pairs)
+    assert not any({s.seed for s in made[a]} & {s.seed for s in made[b]} for a, b in pairs)
     lists = data.word_lists()
     spoken = {split: (set(v), set(s)) for split, (v, s) in lists.items()}
-    for held in ("test", "natural"):
-        assert spoken[held][0] and not spoken[held][0] & spoken["train"][0]
-        assert spoken[held][1] and not spoken[held][1] & spoken["train"][1]
-    looks = lambda made: {repr(avatar.sample_identity(np.random.default_rng([7, s.identity]), s.style)) for s in made}
-    assert not looks(train) & looks(test)
+    assert all(voices and sentences for voices, sentences in spoken.values())
+    assert not any(spoken[a][k] & spoken[b][k] for a, b in pairs for k in (0, 1))
+    looks = lambda some: {repr(avatar.sample_identity(np.random.default_rng([7, s.identity]), s.style)) for s in some}
+    assert not any(looks(made[a]) & looks(made[b]) for a, b in pairs)
 
 
 # ---- clips -------------------------------------------------------------------------------------

@@ -95,23 +95,23 @@ def test_rate_changes_the_pace():
 def test_splits_share_no_sentence_voice_or_variant():
     sentences, voices = speech.load_sentences(), speech.load_voices()
     plain = {s: {re.sub(r"\W+", " ", line.lower()).strip() for line in lines} for s, lines in sentences.items()}
-    assert [len(plain[s]) == len(sentences[s]) for s in speech.SPLITS] == [True] * 3
-    assert len(plain["train"]) >= 200 and len(plain["test"]) >= 40 and len(plain["natural"]) >= 20
+    assert [len(plain[s]) == len(sentences[s]) for s in speech.SPLITS] == [True] * 4
+    assert len(plain["train"]) >= 200 and min(len(plain["test"]), len(plain["valid"])) >= 40 and len(plain["natural"]) >= 20
     assert len(set.union(*plain.values())) == sum(map(len, plain.values()))
     names = [v.name for split in voices.values() for v in split]
-    assert len(set(names)) == len(names) and (len(voices["train"]), len(voices["test"])) == (30, 8)
-    variants = {s: {v.language.partition("+")[2].lower() for v in voices[s]} for s in ("train", "test")}
-    assert not variants["train"] & variants["test"] and "" not in variants["train"] | variants["test"]
-    assert {v.engine for v in voices["natural"]} == {"piper"} and {v.engine for v in voices["train"] + voices["test"]} == {"espeak"}
+    assert len(set(names)) == len(names) and (len(voices["train"]), len(voices["valid"]), len(voices["test"])) == (30, 8, 8)
+    variants = {s: {v.language.partition("+")[2].lower() for v in voices[s]} for s in ("train", "valid", "test")}
+    assert "" not in set.union(*variants.values()) and len(set.union(*variants.values())) == sum(map(len, variants.values()))
+    assert {v.engine for v in voices["natural"]} == {"piper"} and {v.engine for s in variants for v in voices[s]} == {"espeak"}
 
 
 def test_sentences_are_short_and_cover_every_sound():
-    sentences, voices, heard = speech.load_sentences(), speech.load_voices(), {"train": set(), "test": set()}
+    sentences, voices, heard = speech.load_sentences(), speech.load_voices(), {"train": set(), "valid": set(), "test": set()}
     assert all(4 <= len(line.split()) <= 12 or line.endswith("?") for lines in sentences.values() for line in lines)
-    for split, every in (("train", 2), ("test", 1)):
+    for split, every in (("train", 2), ("valid", 1), ("test", 1)):
         for k, line in enumerate(sentences[split][::every]):
             heard[split] |= {p.symbol for p in synthesise(line, voices[split][k % len(voices[split])]).phones}
-    assert heard["train"] == set(PHONEMES) and len(set(PHONEMES) - heard["test"]) <= 2
+    assert heard["train"] == set(PHONEMES) and max(len(set(PHONEMES) - heard[split]) for split in ("valid", "test")) <= 2
 
 
 def test_every_voice_speaks():
@@ -169,7 +169,7 @@ def test_bad_lists_say_where(tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "DATA", tmp_path)
     with pytest.raises(UserError, match="voices.yaml is missing"):
         speech.load_voices()
-    (tmp_path / "voices.yaml").write_text("train: [{name: a, engine: espeak}]\ntest: []\nnatural: []\n")
+    (tmp_path / "voices.yaml").write_text("train: [{name: a, engine: espeak}]\nvalid: []\ntest: []\nnatural: []\n")
     with pytest.raises(UserError, match="voices.yaml"):
         speech.load_voices()
     (tmp_path / "sentences.txt").write_text("Nobody knows where I belong.\n")

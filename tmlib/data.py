@@ -34,10 +34,10 @@ QUIET = 0.001                                    # room noise in silence: -60 dB
 class Spec:
     """All that determines one clip."""
     seed: int                                    # motion, timing, choice of sentences
-    split: str                                   # which sentences and voices: train | test | natural
+    split: str                                   # which sentences and voices: speech.SPLITS
     kind: str                                    # speaking | listening | generic
     style: str
-    identity: int                                # seed of the looks; train and test use disjoint ranges
+    identity: int                                # seed of the looks; splits use disjoint ranges
     frames: int = 81
     fps: int = 16
     size: int = 64
@@ -58,7 +58,7 @@ class Clip:
 def specs(split: str, n: int, kinds: dict[str, float], identities: int, seed: int, **shape) -> list[Spec]:
     """n clips, styles in turn, identities in turn; within each style the kinds stand in the given proportions, spread evenly."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    offset = 0 if split == "train" else 1_000_000                            # identities held out from training
+    offset = 1_000_000 * speech.SPLITS.index(split)                          # no identity is in two splits
     return [Spec(int(rng.integers(2**31)), split, kind_of(i // 3, kinds), STYLES[i % 3], offset + i // 3 % max(identities // 3, 1), **shape)
             for i in range(n)]
 

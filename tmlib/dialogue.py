@@ -97,7 +97,7 @@ class Book:
 
 def _ways(asks: list[str], x: str, split: str) -> list[str]:
     """The ways of asking for x that belong to a split: one is held out, another one for each x."""
-    held = zlib.crc32(x[::-1].encode()) % len(asks)
+    held = zlib.crc32(f"unheard {x}".encode()) % len(asks)
     return [ask for k, ask in enumerate(asks) if (k == held) == (split == "test")]
 
 

@@ -256,7 +256,8 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict]) -> dict[str, tup
     judged = [row | {"name": name, "verdict": verdict(row), "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
               | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
     runs = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
-    quality = [metrics[n] | {"name": n.replace("ablations/", "").replace("_", " ")} for n in runs]
+    named = lambda n: f"{n.removeprefix('ablations/').replace('_', ' ')}, valid" if "/" in n else n               # they are made on validation clips
+    quality = [metrics[n] | {"name": named(n)} for n in runs]
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]

@@ -2,7 +2,7 @@
 
 - `synthesise(text, voice)` is a pure function: the same words and voice give the same samples, whatever was spoken before.
 - Two engines (engines.py), one inventory: what either calls a sound is spelled in IPA and mapped to the 42 classes of PHONEMES.
-- Voices and sentences are small committed lists in data/, split into train, test and natural; held out by construction.
+- Voices and sentences are small committed lists in data/, split into train, valid, test and natural; held out by construction.
 """
 import re
 import unicodedata
@@ -15,7 +15,7 @@ from . import engines
 from .config import DATA, UserError
 
 RATE = 16_000                                  # of every waveform in this workbook, Hz
-SPLITS = ("train", "test", "natural")
+SPLITS = ("train", "valid", "test", "natural")
 ENGINES = {"espeak": engines.espeak, "piper": engines.piper}
 RMS, PEAK = 0.1, 0.98                          # -20 dBFS while sound is on, and never clipped
 
@@ -90,7 +90,7 @@ def phone_ids(utterance, rate_hz, n):
 # ---- committed lists ---------------------------------------------------------------------------
 
 def load_sentences():
-    """data/sentences.txt -> {"train": [str], "test": [str], "natural": [str]}. UserError on a line with no split above it."""
+    """data/sentences.txt -> {split of SPLITS: [str]}. UserError on a line with no split above it."""
     out, split = {s: [] for s in SPLITS}, None
     for number, line in enumerate(_read("sentences.txt").splitlines(), 1):
         line = line.strip()
@@ -98,19 +98,19 @@ def load_sentences():
             split = line.strip("[]")
         elif line and not line.startswith("#"):
             if split not in out:
-                raise UserError(f"data/sentences.txt, line {number}: put sentences under [train], [test] or [natural]")
+                raise UserError(f"data/sentences.txt, line {number}: put sentences under [train], [valid], [test] or [natural]")
             out[split].append(line)
     return out
 
 
 def load_voices():
-    """data/voices.yaml -> {"train": [Voice], "test": [Voice], "natural": [Voice]}. UserError on unknown or missing fields."""
+    """data/voices.yaml -> {split of SPLITS: [Voice]}. UserError on unknown or missing fields."""
     from ruamel.yaml import YAML, YAMLError
     try:
         rows = YAML(typ="safe", pure=True).load(_read("voices.yaml"))
         return {split: [Voice(**row) for row in rows[split]] for split in SPLITS}
     except (KeyError, TypeError, YAMLError) as error:
-        raise UserError("data/voices.yaml: write train, test, natural, each a list of name, engine, language, rate, pitch, range "
+        raise UserError("data/voices.yaml: write train, valid, test, natural, each a list of name, engine, language, rate, pitch, range "
                         f"({' '.join(str(error).split())})") from None
 
 

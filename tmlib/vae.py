@@ -7,6 +7,8 @@ What is special
   from its own latent and the one before, as does the decoder's last layer: what moved goes on moving, so groups join smoothly.
 - All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
+- It trains with noise on its latents instead of a KL term (a sigma-VAE: Sun et al. 2024, LatentLM): what a generator writes is never
+  quite right, and a codec that met exact latents alone makes speckles of small errors.
 - `decode` and `encode` speak *normalised* latents: zero mean in each channel, unit variance over all of them together. To give every
   channel unit variance would make a small error in the strongest one, the colour of a cell, the worst thing one can see.
 
@@ -26,7 +28,6 @@ from .config import UserError, atomic
 Cache = list[Tensor]
 MOTION = 4.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
 JOINS = 4.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
-LOG_VARIANCE = -5.0                              # of the posterior at the start: little noise, since latents have variance 1
 
 
 @dataclass
@@ -163,27 +164,25 @@ class VideoVAE(nn.Module):
         group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
         self.analysis = nn.Conv3d(768, cfg.z_dim, 1)                          # the linear codec under the networks:
         self.synthesis = CausalConv3d(cfg.z_dim, 768, kernel_t=2, kernel=1)   # principal components of 4 x 8 x 8 pixels
-        self.encoder = Net(group, tuple(cfg.encoder), 2 * cfg.z_dim, cfg, up=False)
+        self.encoder = Net(group, tuple(cfg.encoder), cfg.z_dim, cfg, up=False)
         self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
         for net in (self.encoder, self.decoder):                              # the networks begin as nothing at all
             nn.init.zeros_(net.out.weight), nn.init.zeros_(net.out.bias)
-        self.encoder.out.bias.data[cfg.z_dim:] = LOG_VARIANCE
         self.register_buffer("mean", torch.zeros(1, cfg.z_dim, 1, 1, 1))
         self.register_buffer("std", torch.ones(1, cfg.z_dim, 1, 1, 1))
         self.register_buffer("cost", torch.ones(cfg.z_dim))                   # see `costs`
 
-    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Unnormalised mean and log-variance, each (B, 16, F, H/8, W/8)."""
-        mean, logvar = self.encoder(to_groups(video, self.cfg.patch), Past(None)).chunk(2, dim=1)
-        return self.analysis(to_groups(video, 8)) + mean, logvar.clamp(-20.0, 4.0)
+    def analyse(self, video: Tensor) -> Tensor:
+        """Video (B, 3, T, H, W) -> unnormalised latents (B, 16, F, H/8, W/8)."""
+        return self.analysis(to_groups(video, 8)) + self.encoder(to_groups(video, self.cfg.patch), Past(None))
 
     def synthesise(self, z: Tensor, past: Past) -> Tensor:
         """Unnormalised latents (B, 16, F, h, w) -> video (B, 3, 4F, 8h, 8w)."""
         return from_groups(self.synthesis(z, past), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), the posterior's mean."""
-        return (self.posterior(video)[0] - self.mean) / self.std
+        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8)."""
+        return (self.analyse(video) - self.mean) / self.std
 
     def decode(self, z: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Normalised latents of the next chunk -> its video in [-1, 1], and the cache for the chunk after.
@@ -234,22 +233,21 @@ class VideoVAE(nn.Module):
             change.append((self.decode(moved)[0] - before).square().mean())
         return torch.stack(change) / torch.stack(change).mean()
 
-    def loss(self, video: Tensor, weight: Tensor, noise: Tensor, kl: float) -> dict[str, Tensor]:
-        """Weighted L1 of frames and of their differences in space, squared differences in time, and KL; weight (B, 1, T, H, W).
+    def loss(self, video: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Weighted L1 of frames and of their differences in space, squared differences in time; weight (B, 1, T, H, W).
 
+        noise (B, 16, F, h, w) is added to the latents in units of their deviation, so that no encoder can shout it down.
         In time the square: a sway of half a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still.
         """
-        mean, logvar = self.posterior(video)
-        z = mean + noise * torch.exp(0.5 * logvar)
-        out = self.synthesise(z, Past(None))[:, :, 3:]
+        z = self.analyse(video)
+        out = self.synthesise(z + noise * z.std(), Past(None))[:, :, 3:]
         l1 = lambda a, b, w: ((a - b).abs() * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
         edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
         joins = torch.ones(video.shape[2] - 1).index_fill_(0, torch.arange(0, video.shape[2] - 1, 4), JOINS).to(video)
         motion = ((d(out, 2) - d(video, 2)).square() * weight[:, :, 1:] * joins[:, None, None]).mean()
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel = l1(out, video, weight)
-        return {"loss": pixel + 0.5 * edges + MOTION * motion + kl * divergence, "l1": pixel, "motion": motion, "kl": divergence}
+        return {"loss": pixel + 0.5 * edges + MOTION * motion, "l1": pixel, "motion": motion}
 
 
 def i2v_condition(vae, image: Tensor, frames: int, fill: str) -> Tensor:

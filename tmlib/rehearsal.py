@@ -55,10 +55,8 @@ class Caller:
     def due(self) -> bool:
         if self.now < 0 or self.waited >= self.patience and not self.heard:
             return self.waited >= FPS // 2
-        after = self.turns[self.now + 1] if self.now + 1 < len(self.turns) else None
-        if after is not None and after.interrupts:
-            return self.heard >= self.break_in or self.heard > 0 and self.hush >= self.pauses[self.now]      # or the answer was too short
-        return self.heard > 0 and self.hush >= self.pauses[self.now]
+        breaks_in = any(turn.interrupts for turn in self.turns[self.now + 1:self.now + 2])
+        return breaks_in and self.heard >= self.break_in or self.heard > 0 and self.hush >= self.pauses[self.now]      # an answer may be too short to break into
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""Harder company for a trained student: foreign accents, other rates of speech, a crowd behind the speaker (N1)."""
+"""Harder company for a trained student: foreign accents, other rates of speech, a crowd behind the speaker (N1), and people."""
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from . import data, evaluate, metrics, sampling, speech
+from . import avatar, data, evaluate, metrics, sampling, speech
 from .config import UserError
 from .data import STYLES, Clip
 from .latents import Latents, encode_split
@@ -45,6 +45,19 @@ def sayable(sentences: list[str], voices: list) -> list[str]:
 def clips(n: int, kind: str, voices: list, sentences: list[str], **shape) -> list[Clip]:
     """n clips on faces that nothing else uses, the same for every kind, spoken by these voices; shape: frames, fps, size of `data.Spec`."""
     return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i, **shape), (voices, sentences)) for i in range(n)]
+
+
+def aloud(readers: list, n: int, frames: int, fps: int, size: int) -> list[Clip]:
+    """At most n clips, on the faces of `clips`, of what people read (recordings.Recording): one cut behind the other."""
+    length = round(frames / fps * data.RATE)
+    cuts = [(who, lo) for who in readers for lo in range(0, len(who.wave) - length + 1, length)][:n]
+    out = []
+    for i, (who, lo) in enumerate(cuts):
+        track = avatar.make_track(np.random.default_rng(900_000 + i), who.phones, frames, fps, lo / data.RATE)
+        identity = avatar.sample_identity(np.random.default_rng([7, 10_000_000 + i]), STYLES[i % 3])
+        pictures, mouth, face = data.portrait(identity, track, size)
+        out.append(Clip(pictures, who.wave[lo:lo + length], track.mouth.astype(np.float32), track.speaking, mouth, face, [], who.name))
+    return out
 
 
 def recorded(split: data.Clips, n: int) -> list[Clip]:

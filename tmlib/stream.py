@@ -185,8 +185,8 @@ class Streamer:
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
                 take.after.append((chunk.saved, (chunk.frame + len(chunk.frames)) * FRAME))
-                for past in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
-                    take.pictures.pop(past)
+                for shown in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
+                    take.pictures.pop(shown)
                 chunk.saved = None
                 yield chunk
 

@@ -210,16 +210,31 @@ def test_matching_by_hand(latents):
 
 
 def test_every_denoising_step_is_trained(latents):
-    """The student plays on every third step; its gradient still visits all denoising steps."""
+    """The student plays on every second step; its gradients, of matching and of regression, still visit all denoising steps."""
     student, critic, teacher = (make_dit(seed) for seed in range(3))
-    p = distillation(critic_steps=2, steps=2, real_ratio=0.0, regression_weight=0.0)
+    p = distillation(critic_steps=2, steps=2, real_ratio=0.0)
     [loss] = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), p)[0]
     trained = []
     for step in range(0, 8, 2):
         calls = Calls(student)
         loss(torch.Generator().manual_seed(step), step)
-        trained.append([t for t, grad in calls.seen if grad][0])
-    assert trained == pytest.approx(flow.timesteps(2, 3.0) * 2)
+        trained.append([t for t, grad in calls.seen if grad])
+    assert trained == [pytest.approx([t, t]) for t in flow.timesteps(2, 3.0) * 2]
+
+
+@pytest.mark.parametrize("real_ratio", [0.0, 1.0])
+def test_the_critic_learns_what_the_student_is_judged_by(latents, real_ratio):
+    """All denoising steps in turn, and with the student's starts: with real video a later step needs none before it."""
+    student, critic, teacher = (make_dit(seed) for seed in range(3))
+    [loss] = distill.matching_losses(student, critic, teacher, latents, pairs_of(latents), distillation(steps=2, real_ratio=real_ratio))[1]
+    ran = []
+    for step in range(2):
+        calls = Calls(student)
+        loss(torch.Generator().manual_seed(step), step)
+        ran.append([t for t, _ in calls.seen])
+        assert not any(grad for _, grad in calls.seen)
+    first, second = flow.timesteps(2, 3.0)
+    assert ran == [pytest.approx([first]), pytest.approx([second] if real_ratio else [first, second])]
 
 
 def test_a_student_as_good_as_its_teacher_rests(latents):

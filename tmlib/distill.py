@@ -57,8 +57,8 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) ->
 def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | None = None, start: Tensor | None = None) -> Tensor:
     """The student's x_0 (B, 16, F, h, w), in the layout it is trained in; `noise(i)` is the noise of step i.
 
-    grad: the one step that keeps its gradient, and the last to run. start: clean latents to be noised to step `grad` in place of
-    the student's own estimate (the figure's "real video"). With per-step caches a chunk's context is the previous chunk at the
+    grad: the step whose x_0 is wanted, the one that keeps its gradient (Self-Forcing, Algorithm 1). start: clean latents to be noised to
+    step `grad` in place of the student's own estimate (the figure's "real video"); step 0 starts from noise alone. With per-step caches a chunk's context is the previous chunk at the
     same noise level, so one masked pass over the whole sequence equals the chunk-by-chunk rollout; the other caches have to roll.
     """
     ts = flow.timesteps(p.steps, p.shift)
@@ -86,7 +86,7 @@ def drawn(shape, g: torch.Generator, part: slice, first: Tensor | None = None, d
 
 
 def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
-    """Player's loss, in parts: at a random step the student's x_0 must meet the teacher's solution, and its change across chunks' borders."""
+    """Player's loss, in parts: at each denoising step in turn the student's x_0 must meet the teacher's solution, and its change across chunks' borders."""
     def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)[part]
         batch, target = latents.batch(pairs["index"][j]).to(dit.device), pairs["target"][j].to(dit.device)
@@ -99,29 +99,33 @@ def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[
 
 
 def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Tensor], p):
-    """The two players of DMD, in parts: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression."""
+    """The two players of DMD, in parts: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression.
+
+    Both go through the denoising steps in turn, and start as often from real video: the critic learns what the student is judged by.
+    """
     shape = p.batch, *latents.shape
 
-    def sample(part: slice, g: torch.Generator, grad: int | None) -> tuple[Batch, Tensor]:
+    def sample(part: slice, g: torch.Generator, grad: int) -> tuple[Batch, Tensor]:
         batch = latents.batch(latents.draw(p.batch, g)[part]).to(dit.device)
         real = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
         return batch, student(dit, batch, drawn(shape, g, part, device=dit.device), p, grad, start=real)
 
     def student_loss(part: slice, regress, g: torch.Generator, step: int) -> dict[str, Tensor]:
-        batch, x = sample(part, g, grad=step // p.critic_steps % p.steps)
+        turn = step // p.critic_steps                                         # the student's own count
+        batch, x = sample(part, g, grad=turn % p.steps)
         t = flow.random_timesteps(p.batch, p.shift, g, low=20, high=980)[part].to(dit.device)
         with torch.no_grad():
             x_t = flow.add_noise(x, torch.randn(shape, generator=g)[part].to(dit.device), t)
             real = flow.x0_from_v(x_t, denoiser(teacher, batch, p.guidance)(x_t, t), t)
             fake = flow.x0_from_v(x_t, denoiser(critic, batch)(x_t, t), t)
         match = losses.dmd(x, real, fake, batch.weight)
-        reg = regress(g, step)
+        reg = regress(g, turn)
         return {"loss": match + p.regression_weight * reg["loss"], "dmd": match, "regression": reg["regression"],
                 "gap": (fake - real).abs().mean()}
 
     def critic_loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         with torch.no_grad():
-            batch, x = sample(part, g, grad=None)
+            batch, x = sample(part, g, grad=step % p.steps)
         t = flow.random_timesteps(p.batch, p.shift, g)[part].to(dit.device)
         eps = torch.randn(shape, generator=g)[part].to(dit.device)
         return {"loss": losses.flow_matching(denoiser(critic, batch), x, eps, t, batch.weight * critic.loss_weight(x, t))}

@@ -124,8 +124,8 @@ def recomputed(parts: dict[str, int]) -> int:
 def stage_passes(steps=2, real_ratio=0.25) -> dict[str, list[tuple]]:
     """The passes of one training step of each stage: (mask, with audio, with gradient, how many on average).
 
-    As `distill.matching_losses` plays it: the student's loss is DMD plus regression, each at a random step that keeps its
-    gradient after the steps before it without one (a start from real video skips those); the guided teacher runs two branches.
+    As `distill.matching_losses` plays it: the student's loss is DMD plus regression, each at one step that keeps its gradient after
+    the steps before it without one (a start from real video skips those), all steps in turn; the guided teacher runs two branches.
     """
     before = (steps - 1) / 2
     return {
@@ -133,7 +133,7 @@ def stage_passes(steps=2, real_ratio=0.25) -> dict[str, list[tuple]]:
         "teacher": [("bidirectional", True, True, 1)],
         "student": [("sparse_causal", True, True, 2), ("sparse_causal", True, False, before * (2 - real_ratio)),
                     ("bidirectional", True, False, 2 + 1)],                              # guided teacher, critic
-        "critic": [("sparse_causal", True, False, steps), ("bidirectional", True, True, 1)],
+        "critic": [("sparse_causal", True, False, 1 + before * (1 - real_ratio)), ("bidirectional", True, True, 1)],
     }
 
 

@@ -40,7 +40,7 @@ def test_what_was_said_before_does_not_matter(language):
 
 def test_the_clock_does_not_matter():
     """espeak-ng seeds breath and noise from the time, in whole seconds, unless told otherwise."""
-    voices = [v for split in ("train", "test") for v in speech.load_voices()[split]]
+    voices = [v for split in ("train", "valid", "test") for v in speech.load_voices()[split]]
     first = [synthesise("Say it again.", v).wave for v in voices]
     time.sleep(1.1)
     assert all(np.array_equal(a, synthesise("Say it again.", v).wave) for a, v in zip(first, voices))
@@ -80,7 +80,7 @@ def test_times_fit_the_sound(which, request):
 
 
 def test_loudness_is_even():
-    for voice in speech.load_voices()["test"]:
+    for voice in (v for split in ("valid", "test") for v in speech.load_voices()[split]):
         wave = synthesise(WORDS, voice).wave
         heard = wave[np.abs(wave) > 0.02 * np.abs(wave).max()]
         assert np.abs(wave).max() <= speech.PEAK + 1e-6
@@ -98,6 +98,8 @@ def test_splits_share_no_sentence_voice_or_variant():
     assert [len(plain[s]) == len(sentences[s]) for s in speech.SPLITS] == [True] * 4
     assert len(plain["train"]) >= 200 and min(len(plain["test"]), len(plain["valid"])) >= 40 and len(plain["natural"]) >= 20
     assert len(set.union(*plain.values())) == sum(map(len, plain.values()))
+    runs = {s: {tuple(line.split()[k:k + 3]) for line in lines for k in range(len(line.split()) - 2)} for s, lines in plain.items()}
+    assert not runs["test"] & (runs["train"] | runs["valid"]) and not runs["natural"] & (runs["train"] | runs["valid"] | runs["test"]), "three words in a row"
     names = [v.name for split in voices.values() for v in split]
     assert len(set(names)) == len(names) and (len(voices["train"]), len(voices["valid"]), len(voices["test"])) == (30, 8, 8)
     variants = {s: {v.language.partition("+")[2].lower() for v in voices[s]} for s in ("train", "valid", "test")}
@@ -115,7 +117,7 @@ def test_sentences_are_short_and_cover_every_sound():
 
 
 def test_every_voice_speaks():
-    for voice in speech.load_voices()["train"]:
+    for voice in (v for split in ("train", "valid", "test") for v in speech.load_voices()[split]):
         assert len(synthesise("The purple fish jumped.", voice).wave) > speech.RATE / 2
 
 

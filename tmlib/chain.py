@@ -53,7 +53,7 @@ class Chain:
     ts: falling times of the denoising steps. first_ts: times for chunk 0 only, which must contain those of ts.
     cache: where the context of a denoising step comes from:
         "per_step"    the previous chunk at the same step; no extra pass (the paper's figure);
-        "next_step"   the previous chunk one step further, so less noisy; no extra pass;
+        "next_step"   the previous chunk one step further, so less noisy (the last step: at the same); no extra pass;
         "clean_pass"  the finished previous chunk, written by one more forward pass at time `context_noise` (Self-Forcing).
     """
 
@@ -144,7 +144,7 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
     cond (B, 20, F, H, W), text, image: as in `Chain` and WanDiT.forward; audio (B, frames, tokens, D), audio_mask (B, frames, h, w)
     noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`;
     clean_pass with context_noise takes one step more.
-    grad: index of the denoising step that keeps its gradient, the same in every chunk, at which each chunk ends
+    grad: index of the denoising step that keeps its gradient and whose x_0 is taken, the same in every chunk
     (Self-Forcing, Algorithm 1); None: no gradient at all. on_chunk: (index, x_0) -> None after each chunk.
     chain: chunk, cache, guidance, renoise, context_noise, first_ts of `Chain`.
     """

@@ -27,6 +27,7 @@ RATE = 16_000
 ZOOM, LOOK_UP = 1.25, 0.65                       # framing: the share of the drawing shown, and how much of its top is cut
 CUT_S = 3.0                                      # a clip begins anywhere in this stretch of the talk
 QUIET = 0.001                                    # room noise in silence: -60 dBFS
+OFFSETS = {"train": 0, "valid": 1_000_000, "test": 2_000_000, "natural": 3_000_000}        # of identities: none is in two splits
 
 
 # ---------------------------------------------------------------------------------------------------------- clips
@@ -58,7 +59,7 @@ class Clip:
 def specs(split: str, n: int, kinds: dict[str, float], identities: int, seed: int, **shape) -> list[Spec]:
     """n clips, styles in turn, identities in turn; within each style the kinds stand in the given proportions, spread evenly."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    offset = 1_000_000 * speech.SPLITS.index(split)                          # no identity is in two splits
+    offset = OFFSETS[split]
     return [Spec(int(rng.integers(2**31)), split, kind_of(i // 3, kinds), STYLES[i % 3], offset + i // 3 % max(identities // 3, 1), **shape)
             for i in range(n)]
 

@@ -24,7 +24,7 @@ from .layers import AudioModule, Block, ConditionEmbedder, Context, LayerNorm32
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of a WanDiT. The first block of fields is diffusers' config.json; the second is ours (tm_config.json)."""
+    """Shape of a WanDiT. What is in OUR_DEFAULTS goes to tm_config.json, the rest is diffusers' config.json."""
 
     num_attention_heads: int
     attention_head_dim: int
@@ -155,7 +155,7 @@ class WanDiT(nn.Module):
         return Context(*tables, *tokens, audio_mask, mask, self.chunk)
 
     def known(self, layer, ctx, cache):
-        """A block's cross-attention keys and values, computed once per stream. Not in training, nor where a block must gather its weights."""
+        """A block's cross-attention keys and values, computed once for each of its sources. Not in training, nor where a block must gather its weights."""
         if torch.is_grad_enabled() or ranks.WORLD > 1:
             return None
         return self.blocks[layer].attn2.sources(ctx, lambda name, tokens, kv: cache.remember((name, layer), tokens, kv))
@@ -264,7 +264,7 @@ def init_weights(model, names=None):
     | audio position                         | N(0, 0.3): the order of sounds in |
     |                                        | a window is learnt twice as fast  |
     |                                        | as from 0.02                      |
-    | scale_shift_table                      | N(0, 1 / dim)                     |
+    | scale_shift_table                      | N(0, 1 / sqrt(dim))               |
     | every other matrix                     | Xavier uniform, as Wan2.1         |
     """
     for name, param in model.named_parameters():
@@ -296,9 +296,8 @@ _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width"
 
 VARIANTS = {
     "smoke": dict(_MINI, num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=256),
-    "mini": dict(_MINI, num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512),               # 1.4 M
+    "mini": dict(_MINI, num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512),               # 1.7 M
     "small": dict(_MINI, num_attention_heads=12, attention_head_dim=64, num_layers=12, ffn_dim=3072),           # 0.1 B
-    "gpu": dict(_MINI, num_attention_heads=16, attention_head_dim=64, num_layers=14, ffn_dim=4096),             # 0.3 B
     "wan-1.3b-i2v": dict(_WAN, num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960),    # 1.6 B
     "wan-i2v-14b": dict(_WAN, num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824),    # 16.4 B
     "talkingmachines-18b": dict(_WAN, audio_dim=768, num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824),

@@ -102,20 +102,24 @@ def sound(path: Path) -> np.ndarray:
 def speech(wave: np.ndarray) -> np.ndarray:
     """Whether somebody speaks in each sample of wave (n,), bool, by silero's voice activity detector."""
     import torch
+    detector, heard = voice_detector(), np.zeros(len(wave), bool)
     from silero_vad import get_speech_timestamps
-    heard = np.zeros(len(wave), bool)
-    for part in get_speech_timestamps(torch.from_numpy(wave), voice_detector(), sampling_rate=RATE):
+    for part in get_speech_timestamps(torch.from_numpy(wave), detector, sampling_rate=RATE):
         heard[part["start"]:part["end"]] = True
     return heard
 
 
 @lru_cache
 def voice_detector():
+    import torch
+    threads = torch.get_num_threads()
     try:
         from silero_vad import load_silero_vad
     except ImportError:
         raise UserError("speech in real videos needs one more package: pip install silero-vad") from None
-    return load_silero_vad()
+    model = load_silero_vad()
+    torch.set_num_threads(threads)               # importing it sets one thread for everybody
+    return model
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:

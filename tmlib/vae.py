@@ -236,11 +236,12 @@ class VideoVAE(nn.Module):
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Weighted L1 of frames and of their differences in space, squared differences in time; weight (B, 1, T, H, W).
 
-        noise (B, 16, F, h, w) is added to the latents in units of their deviation, so that no encoder can shout it down.
+        noise (B, 16, F, h, w) is added to the latents in units of their deviation, so that larger latents do not make it any smaller.
         In time the square: a sway of half a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still.
         """
         z = self.analyse(video)
-        out = self.synthesise(z + noise * z.std(), Past(None))[:, :, 3:]
+        std = (z - z.mean((0, 2, 3, 4), keepdim=True)).std()                  # as in `set_statistics`
+        out = self.synthesise(z + noise * std, Past(None))[:, :, 3:]
         l1 = lambda a, b, w: ((a - b).abs() * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
         edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])

@@ -43,7 +43,7 @@ class Aligner:
             raise RuntimeError("no path")
 
     def get_alignment(self):
-        assert self.calls == ["start", "sounds", "start"] and self.text == "he goes"
+        assert self.calls == ["start", "sounds", "start"] and self.text in ("he goes", "he goes he")
         for _, sounds in SAID:
             yield [Row(name=name, start=start, duration=n) for name, start, n in sounds]
 
@@ -99,6 +99,7 @@ def test_a_wrong_row_names_the_list(row, tmp_path):
 def test_an_alignment_becomes_our_sounds(aligner):
     got = align(wave(1.0), "He... goes!", {"goes": "G OW Z"})
     assert [(p.symbol, p.start) for p in got] == [("h", 0), ("iː", 0.1), ("sil", 0.25), ("ɡ", 0.5), ("oʊ", 0.6), ("z", 0.8)]
+    assert got[-1].end == 1 and all(a.end == b.start for a, b in zip(got, got[1:])), "a cough belongs to the silence before it"
     assert set(recordings.ARPABET.values()) <= set(speech.PHONEMES) and len(recordings.ARPABET) == 40
 
 
@@ -107,6 +108,8 @@ def test_what_cannot_be_aligned_says_why(aligner, monkeypatch):
         align(wave(1.0), "He goes")
     with pytest.raises(UserError, match="end at 1.0 s, the sound at 4.0 s"):
         align(wave(4.0), "He goes", {"goes": "G OW Z"})
+    with pytest.raises(UserError, match="can be heard"):
+        align(np.zeros(16000, np.float32), "He goes", {"goes": "G OW Z"})
     monkeypatch.setattr(Aligner, "refuses", True)
     with pytest.raises(UserError, match="nobody says 'He goes'"):
         align(wave(1.0), "He goes", {"goes": "G OW Z"})
@@ -115,10 +118,37 @@ def test_what_cannot_be_aligned_says_why(aligner, monkeypatch):
         align(wave(1.0), "He goes")
 
 
+@pytest.mark.parametrize("text, words", [("He said: “Don’t!”", ["he", "said", "don't"]), ("'Hello,' he cried", ["hello", "he", "cried"]), ("the dogs' well-known 'em", ["the", "dogs", "well", "known", "em"])])
+def test_words_are_the_dictionarys(text, words):
+    assert recordings.words_of(text) == words
+
+
+@pytest.mark.parametrize("text, odd", [("I have 5 cats", "5"), ("a naïve idea", "ï"), ("the 3rd of May", "3")])
+def test_what_the_dictionary_cannot_have_is_refused(text, odd):
+    with pytest.raises(UserError, match=f"^{odd}: write numbers out"):
+        recordings.words_of(text)
+
+
+def test_the_check_compares_what_can_be_aligned_and_names_the_rest(aligner, monkeypatch, capsys):
+    """With the true sounds in the alignment's place it finds them equal; a sentence that cannot be aligned is not passed over in silence."""
+    voice, sentences = speech.load_voices()["natural"][0], speech.load_sentences()["natural"][:3]
+    true = {len(said.wave): said.phones for said in (speech.synthesise(s, voice) for s in sentences)}
+
+    def perfect(wave, text):
+        if text == sentences[1]:
+            raise recordings.Unaligned("the dictionary lacks it")
+        return true[len(wave)]
+    monkeypatch.setattr(recordings, "align", perfect)
+    monkeypatch.setattr(speech, "load_sentences", lambda: {"natural": sentences})
+    r, without = recordings.check()
+    assert r.tolist() == pytest.approx([1, 1]) and without == ["the dictionary lacks it"]
+    assert recordings.main(["--check"]) == 0 and "left out: the dictionary lacks it" in capsys.readouterr().out
+
+
 def test_the_command_prints_a_row_that_can_be_read(aligner, capsys, tmp_path, monkeypatch):
     import soundfile
     soundfile.write(tmp_path / "me.wav", wave(1.0), 16000)
-    assert recordings.main([str(tmp_path / "me.wav"), "He goes", "--word", "goes=G OW Z"]) == 0
+    assert recordings.main([str(tmp_path / "me.wav"), "He: goes # 'he'", "--word", "Goes=G OW Z"]) == 0
     folder = tmp_path / "recordings"
     folder.mkdir()
     (tmp_path / "me.wav").rename(folder / "me.wav")

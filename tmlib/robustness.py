@@ -48,11 +48,12 @@ def clips(n: int, kind: str, voices: list, sentences: list[str], **shape) -> lis
 
 
 def aloud(readers: list, n: int, frames: int, fps: int, size: int) -> list[Clip]:
-    """At most n clips, on the faces of `clips`, of what people read (recordings.Recording): one cut behind the other."""
+    """At most n clips, on the faces of `clips`, of what people read (recordings.Recording): one cut behind the other, of each reader in turn."""
     length = round(frames / fps * data.RATE)
-    cuts = [(who, lo) for who in readers for lo in range(0, len(who.wave) - length + 1, length)][:n]
+    cuts = sorted(((lo, k) for k, who in enumerate(readers) for lo in range(0, len(who.wave) - length + 1, length)))[:n]
     out = []
-    for i, (who, lo) in enumerate(cuts):
+    for i, (lo, k) in enumerate(cuts):
+        who = readers[k]
         track = avatar.make_track(np.random.default_rng(900_000 + i), who.phones, frames, fps, lo / data.RATE)
         identity = avatar.sample_identity(np.random.default_rng([7, 10_000_000 + i]), STYLES[i % 3])
         pictures, mouth, face = data.portrait(identity, track, size)

@@ -25,11 +25,6 @@ def flow_matching(denoise: Denoise, x_0: Tensor, eps: Tensor, t: Tensor, weight:
     return weighted_mse(v, eps - x_0, weight)
 
 
-def regression(student: Denoise, x_t: Tensor, t: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """The student's one-jump prediction of x_0 against the teacher's solution of the same noise (ODE pairs; CausVid)."""
-    return weighted_mse(flow.x0_from_v(x_t, student(x_t, t), t), target, weight)
-
-
 def border(x: Tensor, target: Tensor, chunk: int, weight: Tensor | float = 1.0) -> Tensor:
     """MSE of the latent step across chunk borders: x and target (B, 16, F, h, w), borders at every multiple of `chunk`."""
     at = torch.arange(chunk, x.shape[2], chunk, device=x.device)

@@ -366,3 +366,8 @@ def test_a_corrupt_metrics_file_is_named(root):
 def test_every_bar_says_why():
     for claim in report.CLAIMS.values():
         assert all(len(bar.why) > 20 and bar.op in report.SIGNS for bar in claim.bars)
+
+
+def test_the_quality_table_says_which_rows_are_of_validation_clips():
+    rows, _ = report.tables({"teacher": {"lip_r": 0.9}, "student": {"lip_r": 0.9}, "ablations/four_steps": {"lip_r": 0.8}}, {})["quality"]
+    assert [row["name"] for row in rows] == ["teacher", "student", "four steps, valid"]

@@ -161,6 +161,23 @@ def test_encode_split_by_hand(tmp_path):
     assert [f.name for f in dataclasses.fields(Batch)] == ["z", "cond", "audio", "face", "weight", "text", "image"]
 
 
+def test_clips_may_be_heard_otherwise(tmp_path):
+    """In noise: the same each time, another in each batch, and nothing but their sound changes."""
+    clips = FakeClips()
+    heard = SimpleNamespace(tokens=lambda wave, first, count: wave[:3].expand(count, 2, 3))
+    face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5], prompt=latents.prompt)
+
+    def store(name, hear=None):
+        latents.encode_split(clips, SimpleNamespace(encode=pooled, cost=COST), heard, face, P, tmp_path / name, hear)
+        return Latents(tmp_path / name).store
+
+    noise = lambda waves, g: waves + torch.rand(len(waves), 1, generator=g)
+    clean, noisy, again = store("a"), store("b", noise), store("c", noise)
+    added = (noisy["audio"] - clean["audio"])[:, 0, 0, 0]
+    assert torch.equal(noisy["audio"], again["audio"]) and (added > 0).all() and len(added.round(decimals=4).unique()) == FakeClips.n
+    assert all(torch.equal(clean[k], noisy[k]) for k in clean if k != "audio")
+
+
 def test_the_file_is_the_one_that_safetensors_writes(tmp_path):
     path = encoded(tmp_path / "x.safetensors")
     save_file(load_file(path), tmp_path / "theirs.safetensors")

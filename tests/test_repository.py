@@ -24,7 +24,7 @@ PIPELINE = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
 ALLOWED = {
     "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "shadow": "", "notebook": "shadow",
     "ranks": "", "hub": "", "weights": "hub ranks",
-    "engines": "", "speech": "engines", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
+    "speakers": "", "engines": "speakers", "speech": "engines speakers", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention weights", "audio": "attention weights",
     "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data ranks vae", "muon": "ranks", "unet": "flow layers ranks vae",

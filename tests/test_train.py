@@ -291,7 +291,7 @@ def test_noise_levels_are_stratified(tmp_path):
     dit.loss_weight, dit.device = lambda x, t: 1.0, "cpu"
     out = train.flow_matching_loss(dit, latents, flow_params())[0](generator(0), 0)
     x, t, conditions = seen[0]
-    u = flow.unshift_sigma(t.double() / 1000, 3.0)
+    u = flow.shift_sigma(t.double() / 1000, 1 / 3.0)
     assert sorted((u * 12).floor().int().tolist()) == list(range(12))    # one level in each twelfth, all clips together
     for i in range(0, 12, 4):                                            # each clip four times
         assert all(torch.equal(conditions["audio"][i], conditions["audio"][i + j]) for j in range(4))

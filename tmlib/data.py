@@ -112,10 +112,14 @@ def make_clip(spec: Spec, words: tuple[list, list] | None = None) -> Clip:
     track = avatar.make_track(rng, phones, spec.frames, spec.fps)
     if spec.kind == "generic":
         track.mouth[:] = babble(rng, spec.frames)
-    identity = avatar.sample_identity(np.random.default_rng([7, spec.identity]), spec.style)
-    frames, mouth, face = portrait(identity, track, spec.size)
-    return Clip(frames, wave, track.mouth.astype(np.float32), track.speaking, mouth, face,
-                [(p.symbol, p.start, p.end) for p in phones], voice)
+    return face_clip(spec.identity, spec.style, track, spec.size, wave, voice, [(p.symbol, p.start, p.end) for p in phones])
+
+
+def face_clip(identity: int, style: str, track, size: int, wave: np.ndarray, voice: str, phones: list) -> Clip:
+    """The clip of a face that moves as `track` (avatar.Track) says."""
+    who = avatar.sample_identity(np.random.default_rng([7, identity]), style)
+    frames, mouth, face = portrait(who, track, size)
+    return Clip(frames, wave, track.mouth.astype(np.float32), track.speaking, mouth, face, phones, voice)
 
 
 def portrait(identity, track, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

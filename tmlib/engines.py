@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import speakers
 from .config import UserError
 
 SYNCHRONOUS, PHONEME_EVENTS_AS_IPA, UTF8 = 2, 3, 1
@@ -38,6 +39,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 def espeak(text, voice):
     """-> float samples (n,) in [-1, 1], rate, groups of one sound each. UserError on a language or variant espeak-ng lacks."""
     import espeakng_loader
+    folder = speakers.folder() if "+drawn" in voice.language else espeakng_loader.get_data_path()
     chunks, events = [np.zeros(0, np.int16)], []
 
     @_Callback
@@ -50,7 +52,7 @@ def espeak(text, voice):
     with _lock:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
-            rate = _start(library, espeakng_loader.get_data_path(), voice, collect)
+            rate = _start(library, folder, voice, collect)
             data = text.encode() + b"\0"
             library.espeak_Synth(data, len(data), 0, 0, 0, UTF8, None, None)
         finally:

@@ -23,13 +23,8 @@ def sigma(t):
 
 
 def shift_sigma(s, shift):
-    """Move noise levels towards noise: s' = shift s / (1 + (shift - 1) s); shift 1 changes nothing (SD3, section 5.3)."""
+    """Move noise levels towards noise: s' = shift s / (1 + (shift - 1) s); shift 1 changes nothing, 1 / shift undoes it (SD3, section 5.3)."""
     return shift * s / (1 + (shift - 1) * s)
-
-
-def unshift_sigma(s, shift):
-    """Inverse of `shift_sigma`: it is the shift by 1 / shift."""
-    return shift_sigma(s, 1 / shift)
 
 
 def timesteps(steps, shift=1.0):
@@ -79,16 +74,6 @@ def x0_from_v(x_t, v, t):
     return x_t - like(t, x_t) * v
 
 
-def eps_from_v(x_t, v, t):
-    """eps = x_t + (1 - sigma) v."""
-    return x_t + (1 - like(t, x_t)) * v
-
-
-def v_from_x0(x_t, x_0, t):
-    """v = (x_t - x_0) / sigma; t must be above 0."""
-    return (x_t - x_0) / like(t, x_t)
-
-
 # A prior, for models without a pretrained base
 
 def reference_prior(x_t, reference, std, t):
@@ -97,7 +82,7 @@ def reference_prior(x_t, reference, std, t):
     With y = x_t - (1 - sigma) reference and var = std^2 (1 - sigma)^2 + sigma^2, the best guess of the velocity is
     E[v | x_t] = y (sigma - std^2 (1 - sigma)) / var - reference, and what it leaves open has deviation std / sqrt(var).
     Returns y / sqrt(var), of unit variance: what the network should see; the guess; and that deviation, which scales its answer.
-    A loss on v weighs sigma = 1 and 0 as std^2 and 1; times var it is, at all levels, one on what is not known of x_0.
+    A squared error of v counts the network's own by std^2 / var, so by std^2 at sigma = 1 and by 1 at sigma = 0; times var, all levels count alike.
     """
     s, var = like(t, x_t), prior_variance(x_t, std, t)
     y = x_t - (1 - s) * reference

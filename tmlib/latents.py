@@ -76,11 +76,12 @@ MODES = {"speaking": "speaking", "listening": "listening", "generic": None}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}          # safetensors' names
 
 
-def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
+def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path, hear=None) -> None:
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
     `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, picture_weight.
+    hear: (waves (n, samples), generator) -> what is heard of them, for training in noise; None: all as it is.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
     """
@@ -92,7 +93,7 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
         told, progress = prompts(clips.meta, conditions, p.text_dim), Progress(len(mine), f"encode {path.stem}", start=done)
         with os.fdopen(os.open(half, os.O_RDWR | os.O_CREAT), "r+b") as file:
             for lo in mine[done:]:
-                part = encode(clips, range(lo, min(lo + TOGETHER, n)), vae, encoder, conditions, p)
+                part = encode(clips, range(lo, min(lo + TOGETHER, n)), vae, encoder, conditions, p, hear)
                 head, at = layout({k: v.new_empty(n, *v.shape[1:], device="meta") for k, v in part.items()} | told)
                 if lo == 0:
                     file.write(head)
@@ -112,17 +113,20 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path) -> None:
 
 
 @torch.no_grad()
-def encode(clips: Clips, index: range, vae, encoder, conditions, p) -> dict[str, Tensor]:
+def encode(clips: Clips, index: range, vae, encoder, conditions, p, hear=None) -> dict[str, Tensor]:
     """All but the text of a few clips one behind the other."""
     T, size = clips.frames.shape[1:3]
     n_latent, some = (T - 1) // 4 + 1, slice(index.start, index.stop)
     video = to_float(clips.frames[some])
     z = vae.encode(video).cpu()
     touched = lambda boxes, cells: torch.from_numpy(per_latent(box_map(boxes[some], size, cells)))
+    waves = torch.stack([torch.as_tensor(clips.wave(i)) for i in index])                       # (n, samples)
+    if hear is not None:
+        waves = hear(waves, torch.Generator().manual_seed(index.start))
     each = vae.cost.cpu().view(-1, 1, 1, 1) ** p.picture_weight                                # (16, 1, 1, 1)
     return {"z": z, "cond": i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu(),
             "image": conditions.tokens(video[:, :, 0]),
-            "audio": torch.stack([encoder.tokens(clips.wave(i), 0, n_latent).cpu() for i in index]),
+            "audio": torch.stack([encoder.tokens(wave, 0, n_latent).cpu() for wave in waves]),
             "face": touched(clips.face, z.shape[-1] // 2),
             "weight": each / each.mean() * (1 + (p.mouth_weight - 1) * touched(clips.mouth, z.shape[-1])[:, None])}
 

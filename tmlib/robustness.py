@@ -55,9 +55,7 @@ def aloud(readers: list, n: int, frames: int, fps: int, size: int) -> list[Clip]
     for i, (lo, k) in enumerate(cuts):
         who = readers[k]
         track = avatar.make_track(np.random.default_rng(900_000 + i), who.phones, frames, fps, lo / data.RATE)
-        identity = avatar.sample_identity(np.random.default_rng([7, 10_000_000 + i]), STYLES[i % 3])
-        pictures, mouth, face = data.portrait(identity, track, size)
-        out.append(Clip(pictures, who.wave[lo:lo + length], track.mouth.astype(np.float32), track.speaking, mouth, face, [], who.name))
+        out.append(data.face_clip(10_000_000 + i, STYLES[i % 3], track, size, who.wave[lo:lo + length], who.name, []))
     return out
 
 

@@ -2,7 +2,8 @@
 
 - `synthesise(text, voice)` is a pure function: the same words and voice give the same samples, whatever was spoken before.
 - Two engines (engines.py), one inventory: what either calls a sound is spelled in IPA and mapped to the 42 classes of PHONEMES.
-- Voices and sentences are small committed lists in data/, split into train, valid, test and natural; held out by construction.
+- Voices and sentences are small committed lists in data/, split into train, valid, test and natural; held out by construction. Training hears
+  drawn voices beside its list (speakers.py).
 """
 import re
 import unicodedata
@@ -11,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import engines
+from . import engines, speakers
 from .config import DATA, UserError
 
 RATE = 16_000                                  # of every waveform in this workbook, Hz
@@ -104,10 +105,11 @@ def load_sentences():
 
 
 def load_voices():
-    """data/voices.yaml -> {split of SPLITS: [Voice]}. UserError on unknown or missing fields."""
+    """data/voices.yaml -> {split of SPLITS: [Voice]}, and `speakers` to train; UserError on unknown or missing fields."""
     from ruamel.yaml import YAML, YAMLError
     try:
         rows = YAML(typ="safe", pure=True).load(_read("voices.yaml"))
+        rows["train"] += map(speakers.drawn, range(speakers.COUNT))
         return {split: [Voice(**row) for row in rows[split]] for split in SPLITS}
     except (KeyError, TypeError, YAMLError) as error:
         raise UserError("data/voices.yaml: write train, valid, test, natural, each a list of name, engine, language, rate, pitch, range "

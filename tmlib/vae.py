@@ -4,8 +4,9 @@ What is special
 - Video frame 0 is repeated three times in front, so every latent frame is exactly one group of four video frames and
   latent 0 holds one (Wan2.1's 1 + 4k rule) without a special case in the network.
 - Underneath lies a linear codec, started from principal components; the networks add what it misses, from nothing. It draws a group
-  from its own latent and the one before, as does the decoder's last layer: what moved goes on moving, so groups join smoothly.
-- All convolutions run on the latent's clock (one step per group of four frames): four times cheaper than on frames.
+  from its own latent and the one before, the networks draw a frame from its own features and those before: what moved goes on moving.
+- At 1/8 of the resolution convolutions run on the latents' clock, at finer ones on the frames' (as Wan's): what a mouth looks like
+  is learnt once, not once for each frame of a group.
 - Time is causal with an explicit cache: `decode(z, cache)` returns the next cache; chunk-wise == whole, bit for bit nearly.
 - It trains with noise on its latents instead of a KL term (a sigma-VAE: Sun et al. 2024, LatentLM): what a generator writes is never
   quite right, and a codec that met exact latents alone makes speckles of small errors.
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from .config import UserError, atomic
 
 Cache = list[Tensor]
+TINY = 0.03                                      # errors below it count by their square, larger ones by their size (Huber 1964)
 MOTION = 4.0                                     # weight of squared frame differences: a codec that flickers makes every stream flicker
 JOINS = 4.0                                      # and of those across two groups, where a codec on the latents' clock flickers most
 
@@ -38,12 +40,14 @@ class VAEConfig:
     decoder: tuple[int, ...] = (48, 96, 192)
     moving: int = 6                              # channels that start as motion inside a latent frame's four frames
     blocks: int = 2                              # residual blocks per resolution
-    kernel_t: int = 3                            # temporal taps, at 1/8 resolution only
+    kernel_t: int = 3                            # temporal taps at 1/8 resolution, in latents
+    kernel_f: int = 1                            # and at finer ones, in frames
 
     def __post_init__(self):
         for name in ("encoder", "decoder"):
-            if self.patch * 2 ** (len(getattr(self, name)) - 1) != 8:
-                raise UserError(f"codec.{name}: {len(getattr(self, name))} widths behind patch {self.patch} do not end at 1/8 of the resolution")
+            widths = getattr(self, name)
+            if len(widths) < 2 or self.patch * 2 ** (len(widths) - 1) != 8:
+                raise UserError(f"codec.{name}: {len(widths)} widths behind patch {self.patch} do not end at 1/8 of the resolution, or begin there")
 
 
 class CausalConv3d(nn.Conv3d):
@@ -93,16 +97,18 @@ class ResBlock(nn.Module):
 
 
 class Net(nn.Module):
-    """Residual blocks at every resolution joined by space-to-depth (encoder) or depth-to-space (decoder)."""
+    """Residual blocks at every resolution: at 1/8 on the latents' clock, before (encoder) or behind (decoder) it on the frames'."""
 
     def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, cfg: VAEConfig, up: bool):
         super().__init__()
         self.up, steps = up, (widths[::-1] if up else widths)
-        kernel_t = [cfg.kernel_t if i == (0 if up else len(steps) - 1) else 1 for i in range(len(steps))]    # 1/8 resolution only
-        self.inp = CausalConv3d(c_in, steps[0], kernel_t[0])
-        self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, kernel_t))
-        self.moves = nn.ModuleList(CausalConv3d(a, 4 * b, kernel=1) if up else CausalConv3d(4 * a, b, kernel=1)
-                                   for a, b in zip(steps, steps[1:]))
+        last = len(steps) - 1
+        taps = [cfg.kernel_t if i == (0 if up else last) else cfg.kernel_f for i in range(last + 1)]
+        self.times = [4 if i == (0 if up else last - 1) else 1 for i in range(last)]                  # frames that a move joins or parts
+        self.inp = CausalConv3d(c_in, steps[0], taps[0])
+        self.stages = nn.ModuleList(nn.ModuleList(ResBlock(c, k) for _ in range(cfg.blocks)) for c, k in zip(steps, taps))
+        self.moves = nn.ModuleList(CausalConv3d(a, 4 * t * b, kernel=1) if up else CausalConv3d(4 * t * a, b, kernel=1)
+                                   for a, b, t in zip(steps, steps[1:], self.times))
         self.norm = ChannelNorm(steps[-1])
         self.out = CausalConv3d(steps[-1], c_out, 2, kernel=1) if up else CausalConv3d(steps[-1], c_out)
 
@@ -112,7 +118,8 @@ class Net(nn.Module):
             for block in blocks:
                 x = block(x, past)
             if i < len(self.moves):
-                x = depth_to_space(self.moves[i](x, past)) if self.up else self.moves[i](space_to_depth(x), past)
+                t = self.times[i]
+                x = unfold(self.moves[i](x, past), t, 2) if self.up else self.moves[i](fold(x, t, 2), past)
         return self.out(F.silu(self.norm(x)), past)
 
 
@@ -133,26 +140,22 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return weight, mean_y - mean_x @ weight
 
 
-def space_to_depth(x: Tensor) -> Tensor:
-    return rearrange(x, "B C F (H p) (W q) -> B (C p q) F H W", p=2, q=2)
+def fold(x: Tensor, t: int, p: int) -> Tensor:
+    """t frames and p x p places become channels: (B, C, t F, p H, p W) -> (B, C t p p, F, H, W)."""
+    return rearrange(x, "B C (F t) (H p) (W q) -> B (C t p q) F H W", t=t, p=p, q=p)
 
 
-def depth_to_space(x: Tensor) -> Tensor:
-    return rearrange(x, "B (C p q) F H W -> B C F (H p) (W q)", p=2, q=2)
+def unfold(x: Tensor, t: int, p: int) -> Tensor:
+    """Inverse of `fold`."""
+    return rearrange(x, "B (C t p q) F H W -> B C (F t) (H p) (W q)", t=t, p=p, q=p)
 
 
-def to_groups(video: Tensor, patch: int) -> Tensor:
-    """(B, 3, T, H, W) -> (B, 12 p p, F, H/p, W/p): four frames and p x p pixels become channels."""
+def whole_groups(video: Tensor) -> Tensor:
+    """Frame 0 three times more in front: (B, 3, 4k + 1, H, W) -> (B, 3, 4(k + 1), H, W)."""
     B, C, T, H, W = video.shape
     if T % 4 != 1 or H % 8 or W % 8:
         raise ValueError(f"video of {T} frames, {H}x{W}: frames must be 4k + 1 and sides multiples of 8")
-    video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
-    return rearrange(video, "B C (F t) (H p) (W q) -> B (C t p q) F H W", t=4, p=patch, q=patch)
-
-
-def from_groups(x: Tensor, patch: int) -> Tensor:
-    """Inverse of `to_groups`, the three repeated frames still in front: (B, 12 p p, F, h, w) -> (B, 3, 4F, p h, p w)."""
-    return rearrange(x, "B (C t p q) F H W -> B C (F t) (H p) (W q)", t=4, p=patch, q=patch)
+    return torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
 
 
 class VideoVAE(nn.Module):
@@ -161,11 +164,11 @@ class VideoVAE(nn.Module):
     def __init__(self, cfg: VAEConfig = VAEConfig()):
         super().__init__()
         self.cfg = cfg
-        group = 12 * cfg.patch ** 2                                           # channels of four frames of one patch
+        pixels = 3 * cfg.patch ** 2
         self.analysis = nn.Conv3d(768, cfg.z_dim, 1)                          # the linear codec under the networks:
         self.synthesis = CausalConv3d(cfg.z_dim, 768, kernel_t=2, kernel=1)   # principal components of 4 x 8 x 8 pixels
-        self.encoder = Net(group, tuple(cfg.encoder), cfg.z_dim, cfg, up=False)
-        self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), group, cfg, up=True)
+        self.encoder = Net(pixels, tuple(cfg.encoder), cfg.z_dim, cfg, up=False)
+        self.decoder = Net(cfg.z_dim, tuple(cfg.decoder), pixels, cfg, up=True)
         for net in (self.encoder, self.decoder):                              # the networks begin as nothing at all
             nn.init.zeros_(net.out.weight), nn.init.zeros_(net.out.bias)
         self.register_buffer("mean", torch.zeros(1, cfg.z_dim, 1, 1, 1))
@@ -174,11 +177,12 @@ class VideoVAE(nn.Module):
 
     def analyse(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) -> unnormalised latents (B, 16, F, H/8, W/8)."""
-        return self.analysis(to_groups(video, 8)) + self.encoder(to_groups(video, self.cfg.patch), Past(None))
+        video = whole_groups(video)
+        return self.analysis(fold(video, 4, 8)) + self.encoder(fold(video, 1, self.cfg.patch), Past(None))
 
     def synthesise(self, z: Tensor, past: Past) -> Tensor:
         """Unnormalised latents (B, 16, F, h, w) -> video (B, 3, 4F, 8h, 8w)."""
-        return from_groups(self.synthesis(z, past), 8) + from_groups(self.decoder(z, past), self.cfg.patch)
+        return unfold(self.synthesis(z, past), 4, 8) + unfold(self.decoder(z, past), 1, self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8)."""
@@ -200,7 +204,7 @@ class VideoVAE(nn.Module):
         Principal components of a group's mean picture, and separately of what moves inside the group: one PCA for both would
         spend every channel on the standing picture, and the lips would move at 4 frames per second.
         """
-        groups = to_groups(video, 8)
+        groups = fold(whole_groups(video), 4, 8)
         x = rearrange(groups.double(), "B (C t s) F h w -> (B F h w) C t s", t=4, s=64)
         still, moving = x.mean(2, keepdim=True).expand_as(x), x - x.mean(2, keepdim=True)
         n = self.cfg.moving
@@ -234,21 +238,22 @@ class VideoVAE(nn.Module):
         return torch.stack(change) / torch.stack(change).mean()
 
     def loss(self, video: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Weighted L1 of frames and of their differences in space, squared differences in time; weight (B, 1, T, H, W).
+        """Weighted Huber loss of frames and of their differences in space and time, squared differences in time again; weight (B, 1, T, H, W).
 
         noise (B, 16, F, h, w) is added to the latents in units of their deviation, so that larger latents do not make it any smaller.
-        In time the square: a sway of half a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still.
+        Not L1, which pulls at thousands of pixels that are nearly right as hard as at those of a wrong mouth. In time both: a sway of half
+        a pixel is small everywhere, and L1's best answer to many small doubtful motions is to stand still; to the square, flicker is nothing.
         """
         z = self.analyse(video)
         std = (z - z.mean((0, 2, 3, 4), keepdim=True)).std()                  # as in `set_statistics`
         out = self.synthesise(z + noise * std, Past(None))[:, :, 3:]
-        l1 = lambda a, b, w: ((a - b).abs() * w).mean()
+        huber = lambda a, b, w: (F.smooth_l1_loss(a.float(), b.float(), reduction="none", beta=TINY) * w).mean()
         d = lambda x, dim: x.diff(dim=dim)
-        edges = l1(d(out, 3), d(video, 3), weight[..., 1:, :]) + l1(d(out, 4), d(video, 4), weight[..., 1:])
+        edges = sum(huber(d(out, k), d(video, k), weight.narrow(k, 1, weight.shape[k] - 1)) for k in (2, 3, 4))
         joins = torch.ones(video.shape[2] - 1).index_fill_(0, torch.arange(0, video.shape[2] - 1, 4), JOINS).to(video)
         motion = ((d(out, 2) - d(video, 2)).square() * weight[:, :, 1:] * joins[:, None, None]).mean()
-        pixel = l1(out, video, weight)
-        return {"loss": pixel + 0.5 * edges + MOTION * motion, "l1": pixel, "motion": motion}
+        pixel = huber(out, video, weight)
+        return {"loss": pixel + 0.5 * edges + MOTION * motion, "pixel": pixel, "motion": motion}
 
 
 def i2v_condition(vae, image: Tensor, frames: int, fill: str) -> Tensor:

@@ -58,11 +58,11 @@ lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
 bench: $(READY)  ## measure the full-size model on this machine's GPU -> data/measured/; ARGS='--settings 3x2' and more, see --help
 	@$(PY) -m tmlib.bench $(ARGS)
 
-talk: $(READY)  ## make a face speak: FACE=face.png SPEECH=speech.wav OUT=out.mp4 (after `make repro`)
+talk: $(READY)  ## make a face speak: FACE=data/demo/face.png SPEECH=data/recordings/austen.flac OUT=out.mp4, or yours
 	@test -n "$(FACE)" -a -n "$(SPEECH)" || { echo "usage: make talk FACE=face.png SPEECH=speech.wav OUT=out.mp4" >&2; exit 2; }
 	@$(PY) -m tmlib.talk "$(FACE)" "$(SPEECH)" "$(or $(OUT),out.mp4)" $(ARGS)
 
-call: $(READY)  ## a live call in the browser: FACE=face.png, then open the address (after `make repro`)
+call: $(READY)  ## a live call in the browser: FACE=data/demo/face.png or yours; then open the address
 	@test -n "$(FACE)" || { echo "usage: make call FACE=face.png" >&2; exit 2; }
 	@$(PY) -m tmlib.call "$(FACE)" $(ARGS)
 

@@ -22,12 +22,12 @@ PIPELINE = [path for path in NOTEBOOKS if path.parent.name == "notebooks"]
 
 # Who may import whom at the top of a file; everybody may import config. Acyclic by construction: only names further up.
 ALLOWED = {
-    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "demo": "", "shadow": "", "notebook": "shadow",
+    "config": "", "flow": "", "attention": "", "metrics": "", "media": "", "scales": "", "doctor": "", "shadow": "", "notebook": "shadow",
     "ranks": "", "hub": "", "weights": "hub ranks",
     "speakers": "", "engines": "speakers", "speech": "engines speakers", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "latents": "data ranks vae", "muon": "ranks", "unet": "flow layers ranks vae",
+    "losses": "flow", "readers": "attention hub weights", "data": "speech avatar", "demo": "data", "latents": "data ranks vae", "muon": "ranks", "unet": "flow layers ranks vae",
     "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow ranks sampling",
@@ -322,7 +322,7 @@ def test_no_file_knows_this_machine():
 
 def test_nothing_large_in_git():
     size = {name: (ROOT / name).stat().st_size for name in scales.listing(ROOT)}
-    large = [name for name in size if size[name] > 2_000_000 and not name.startswith("data/demo/")]
+    large = [name for name in size if size[name] > 2_500_000 and not name.startswith("data/demo/")]
     assert not large, "large files belong to DVC"
     assert sum(n for name, n in size.items() if name.startswith("data/demo/")) <= 15_000_000
 

@@ -1,4 +1,4 @@
-"""`python -m tmlib.demo`: copy the trained miniature into data/demo in half precision, with where it came from.
+"""`python -m tmlib.demo`: copy the trained miniature into data/demo in half precision, with where it came from, and a face to try it on.
 
 The copy is committed, so that a newcomer sees it talk before training anything. Refresh it seldom.
 """
@@ -6,10 +6,12 @@ import shutil
 import subprocess
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .config import DATA, METRICS, MODELS, ROOT, UserError, atomic, cli, load_json, save_json
+from .data import Clips
 
 FILES = ("vae.safetensors", "speech.safetensors", "readers.safetensors", "dialogue.safetensors", *(f"student/{name}" for name in (
     "diffusion_pytorch_model.safetensors", "tm_audio.safetensors", "config.json", "tm_config.json", "stream.json")))
@@ -35,6 +37,9 @@ def main() -> None:
         target = DATA / "demo" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         halve(MODELS / name, target) if name.endswith(".safetensors") else shutil.copyfile(MODELS / name, target)
+    test = Clips(DATA / "clips", "test")
+    with atomic(DATA / "demo" / "face.png") as tmp:
+        Image.fromarray(test.frames[test.examples()[0], 0]).save(tmp)
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     numbers = {f"{file}_{key}": load_json(METRICS / f"{file}.json")[key] for file, keys in NUMBERS.items() for key in keys}
     save_json(DATA / "demo" / "provenance.json", {"commit": commit, "precision": "float16", **numbers})

@@ -17,6 +17,7 @@ from . import config
 
 CUDA_LIBRARIES = ("libc10_cuda", "libtorch_cuda", "libcudart", "libcublas", "libcudnn", "libnvrtc")
 RESAMPLE = "import torch, torchaudio; assert torchaudio.functional.resample(torch.zeros(480), 48000, 16000).shape == (160,)"
+PATH_MAX = 130                          # characters of a folder of voices: espeak-ng's C code cuts paths of files in it at 160
 DISK_GB = 4                             # data, cache and executed notebooks of the mini scale, with room
 
 
@@ -79,8 +80,9 @@ def check_espeak() -> str:
     result = _python(code)
     rate = result.stdout.strip()
     if result.returncode or not rate.isdigit():
-        # Its C code cuts the path of the voices at 160 characters.
         raise config.UserError(f"espeak-ng finds no voices ({_last_line(result)}); run `make env`, in a folder with a shorter path")
+    if len(str(config.SCRATCH / "speakers-0123456789ab")) > PATH_MAX:
+        raise config.UserError(f"{config.SCRATCH} is too deep for espeak-ng, which must find voices there; use a folder with a shorter path")
     return f"voices load, {rate} Hz"
 
 

@@ -1,6 +1,6 @@
 """README's claims table from reports/claims.json:  python -m tmlib.readme
 
-The words of a row stay as somebody wrote them; measured value, bar and verdict are filled in. A test compares the two.
+The words of a row stay as somebody wrote them; measured value, bar and verdict are filled in, and how many hold. A test compares the two.
 """
 import re
 from pathlib import Path
@@ -21,6 +21,12 @@ def cells(row: dict) -> tuple[str, str, str]:
     return f"{row['why'].partition(';')[0]}: {shown(row['value'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
 
 
+def tally(claims: dict[str, dict]) -> str:
+    """How many hold, in a sentence."""
+    held = [row["holds"] for row in claims.values()]
+    return f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
+
+
 def filled(text: str, claims: dict[str, dict]) -> str:
     """`text` with the last three cells of every row between the marks made anew; UserError for a row that no claim has."""
     before, begin, rest = text.partition(BEGIN)
@@ -32,6 +38,7 @@ def filled(text: str, claims: dict[str, dict]) -> str:
         if found[1] not in claims:
             raise UserError(f"README.md: the claims table has a row {found[1]}, reports/claims.json has not; run `make repro`")
         return f"| {found[1]} | {found[2]} | {' | '.join(cells(claims[found[1]]))} |"
+    table = re.sub(r"^Of \d+ claims .*$", tally(claims), table, flags=re.M)
     return before + begin + re.sub(r"^\| ([CN]\d+) \| (.*?) \|.*$", row, table, flags=re.M) + end + after
 
 

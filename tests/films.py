@@ -1,14 +1,16 @@
 """Small real videos for tests: drawn people who speak, as mp4, whole and broken in every way that folders of videos are."""
 import numpy as np
 
-from tmlib import data, media
+from tmlib import data, media, speakers
 
 RATE, SIDE = data.RATE, 96
+VOICES, SENTENCES = data.word_lists()["train"]
+WORDS = VOICES[:-speakers.COUNT], SENTENCES      # without the drawn speakers, not all of whom a detector of people's voices hears
 
 
 def person(identity=1, frames=14, fps=16, kind="speaking", style="soft3d", seed=0, side=SIDE):
     """One drawn person: frames uint8 (T, side, side, 3), sound (n,), and the truth of the lips (T, 3)."""
-    clip = data.make_clip(data.Spec(seed, "train", kind, style, identity, frames, fps, side))
+    clip = data.make_clip(data.Spec(seed, "train", kind, style, identity, frames, fps, side), WORDS)
     return clip.frames, clip.wave, clip.truth
 
 

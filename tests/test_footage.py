@@ -93,7 +93,7 @@ def test_listening_is_told_from_speaking(tmp_path):
 def test_who_speaks_when(tmp_path):
     """Silence, speech, silence."""
     quiet = np.zeros(films.RATE, np.float32)
-    heard = footage.speech(np.concatenate([quiet, data.make_clip(data.Spec(0, "train", "speaking", "flat", 1, 33, 16, 32)).wave, quiet]))
+    heard = footage.speech(np.concatenate([quiet, data.make_clip(data.Spec(0, "train", "speaking", "flat", 1, 33, 16, 32), films.WORDS).wave, quiet]))
     assert not heard[:films.RATE // 2].any() and not heard[-films.RATE // 2:].any() and heard[films.RATE:-films.RATE].mean() > 0.5
 
 

@@ -50,7 +50,7 @@ def test_it_measures_every_form(written):
     assert set(first["runs"]) == {"2x2 eager", "2x2 qkv+attention+compile", "2x1 qkv+attention+compile"}
     assert set(second["runs"]) == {"2x1 qkv+attention", "2x1 qkv+attention+fp8"}
     for result in written.values():
-        assert result["missing"] == {} and sum(result["profile"].values()) == pytest.approx(1) and result["profile"]["matrix products"] > 0
+        assert result["missing"] == {} and sum(result["profile"].values()) == pytest.approx(1, abs=1e-4) and result["profile"]["matrix products"] > 0
         for label, run in result["runs"].items():
             assert label == f"{run['chunk']}x{run['steps']} {run['form']}"
             assert 0 < run["ms_p50"] <= run["ms_p95"] and run["n"] >= 2 and run["first_chunk_ms"] > 0 and run["grown_bytes"] == 0

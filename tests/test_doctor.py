@@ -58,6 +58,12 @@ def test_every_check_is_reported_and_one_failure_is_enough(monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == ["python", "disk", "kernel"] and "NOT READY: only 1 GB free" in lines[1]
 
 
+def test_a_folder_too_deep_for_drawn_speakers(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.config, "SCRATCH", tmp_path / ("deep" * 40))
+    with pytest.raises(doctor.config.UserError, match="too deep for espeak-ng"):
+        doctor.check_espeak()
+
+
 def test_espeak_here():
     assert doctor.check_espeak() == "voices load, 22050 Hz"
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tmlib import audio, dialogue, hub, speech
+from tmlib import audio, dialogue, hub, recited, speech
 from tmlib.config import UserError
 from tmlib.dialogue import MEMORY, Book, DialogueConfig, DialogueLM, Partner, join_words, same, split_words
 
@@ -130,6 +130,23 @@ def test_a_batch_is_its_rows():
     assert lm.loss(rows).item() == pytest.approx(np.average(alone, weights=words), rel=1e-5)
 
 
+def test_of_a_broken_off_answer_only_the_next_word_is_asked_for():
+    lm = tiny()
+    heard = sounds(2)
+    x, wanted = lm.embed([(heard[0], [3, 4, 5], 1), (heard[1], [6])])
+    n, m = len(heard[0]), len(heard[1])
+    assert wanted.tolist() == [-100] * n + [3, 4] + [-100] * m + [6, lm.ids["<end>"]]
+    assert torch.equal(x, lm.embed([(heard[0], [3]), (heard[1], [6])])[0])     # and this is how a conversation remembers it
+    assert lm.embed([(heard[0], [3, 4, 5], 0)])[1].tolist() == [-100] * n + [3]
+
+
+def test_answers_are_broken_off_anywhere_but_at_their_end():
+    rng, answer = np.random.default_rng(0), [4, 5, 6]
+    assert dialogue.broken_off(answer, 0.0, rng) == (answer,)
+    assert {dialogue.broken_off(answer, 1.0, rng)[1] for _ in range(50)} == {0, 1, 2}
+    assert 20 < sum(len(dialogue.broken_off(answer, 0.3, rng)) == 2 for _ in range(100)) < 40
+
+
 def test_it_learns_what_was_asked_and_what_was_said_before():
     """Two sounds with an answer each, and one that asks for the answer before."""
     sky, blood, again = sounds(3, seed=4)
@@ -223,3 +240,15 @@ def test_the_bank_holds_every_question_by_several_voices(encoder, book, monkeypa
     made = dialogue.bank(book, "train", speech.load_voices()["train"], 3, encoder, rng)
     assert {q: len(some) for q, some in made.items()} == {"Hello!": 3, "Who are you?": 3}
     assert len({tuple(x.flatten()[:8].tolist()) for x in made["Hello!"]}) == 3
+
+
+def test_a_reciter_speaks_in_the_bank_what_he_has_recited_and_without_an_opener(encoder, book, monkeypatch):
+    known = min(set(book.questions("train")) & set(recited.texts("slt")))
+    monkeypatch.setattr(Book, "questions", lambda self, split: [known, "Nobody recites this."])
+    said = []
+    monkeypatch.setattr(speech, "synthesise", lambda text, voice: said.append((text, voice.engine)) or speech.Utterance(np.zeros(8000, np.float32), (), text, voice.name))
+    some = [v for v in speech.reciters() if v.language == "slt"][:3] + speech.load_voices()["train"][:1]
+    made = dialogue.bank(book, "train", some, 8, encoder, np.random.default_rng(0))
+    assert {q: len(heard) for q, heard in made.items()} == {known: 8, "Nobody recites this.": 8}
+    by = {engine: [text for text, other in said if other == engine] for engine in ("recited", "espeak")}
+    assert by["recited"] == [known] * 6 and sum(text.endswith("Nobody recites this.") for text in by["espeak"]) == 8

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import avatar, speech
+from . import avatar, recited, speech
 from .config import Progress, UserError, atomic
 
 STYLES = ("flat", "line", "soft3d")
@@ -73,8 +73,9 @@ def kind_of(m: int, kinds: dict[str, float]) -> str:
 
 @lru_cache
 def word_lists() -> dict[str, tuple[list, list]]:
-    """Voices and sentences of each split, read once."""
+    """Voices and sentences of each split, read once; the reciters are of train."""
     voices, sentences = speech.load_voices(), speech.load_sentences()
+    voices["train"] += speech.reciters()
     return {split: (voices[split], sentences[split]) for split in voices}
 
 
@@ -85,11 +86,13 @@ def talk(rng, words: tuple[list, list], seconds: float) -> tuple[np.ndarray, lis
     """
     voices, sentences = words
     voice = voices[rng.integers(len(voices))]
+    if not (able := [s for s in sentences if recited.able(voice, s)]):
+        raise UserError(f"data/{recited.FOLDER}: {voice.language} has recited none of these sentences, {sentences[0]!r} for one: python -m tmlib.recite")
     before = rng.uniform(0, CUT_S)
     wave = np.zeros(int(round((before + seconds) * RATE)), np.float32)
     t, phones = 0.0, []
     while t < before + seconds - 0.1:
-        said = speech.synthesise(sentences[rng.integers(len(sentences))], voice)
+        said = speech.synthesise(able[rng.integers(len(able))], voice)
         lo = int(t * RATE)
         part = said.wave[:len(wave) - lo]
         wave[lo:lo + len(part)] += part

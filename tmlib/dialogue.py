@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import speech
+from . import recited, speech
 from .config import DATA, UserError, atomic
 from .hub import linked
 
@@ -154,16 +154,19 @@ class DialogueLM(nn.Module):
     def encode(self, text: str) -> list[int]:
         return [self.ids[w] for w in split_words(text)]
 
-    def embed(self, turns: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, Tensor]:
-        """Turns of (heard (n, heard), answer's ids) -> embeddings (L, width), and what each place has to say next (L,), -100 where nothing."""
+    def embed(self, turns: list[tuple]) -> tuple[Tensor, Tensor]:
+        """Turns -> embeddings (L, width), and what each place has to say next (L,), -100 where nothing.
+
+        A turn is (heard (n, heard), answer's ids), or these and of how many words the caller broke it off: the others were never said.
+        """
         parts, targets = [], []
-        for heard, answer in turns:
-            said = torch.tensor([self.ids[ANSWER], *answer])
-            parts += [self.ears(heard), self.words(said)]
-            targets += [torch.full((len(heard),), -100), torch.tensor([*answer, self.ids[END]])]
+        for heard, answer, *spoken in turns:
+            n = spoken[0] if spoken else len(answer)
+            parts += [self.ears(heard), self.words(torch.tensor([self.ids[ANSWER], *answer[:n]]))]
+            targets += [torch.full((len(heard),), -100), torch.tensor([*answer, self.ids[END]][:n + 1])]
         return torch.cat(parts), torch.cat(targets)
 
-    def loss(self, batch: list[list[tuple[Tensor, list[int]]]]) -> Tensor:
+    def loss(self, batch: list[list[tuple]]) -> Tensor:
         """Mean cross-entropy of the answers' words."""
         rows, targets = zip(*map(self.embed, batch))
         pad = lambda some, value: nn.utils.rnn.pad_sequence(list(some), batch_first=True, padding_value=value)
@@ -242,14 +245,15 @@ def load_partner(folder: Path, encoder, voice):
 def bank(book: Book, split: str, voices: list, each: int, encoder, rng, step=lambda: None) -> dict[str, list[Tensor]]:
     """What every question of a split sounds like to the language model, in `each` ways of speaking: {question: [(rows, heard)]}.
 
-    Voices in turn, at a rate of their own each time; half of the questions with an opener, or they would always stand at the same place.
+    Voices in turn, at a rate of their own each time; half of the questions with an opener, or they would always stand at the same place; reciters speak without.
     """
     out = defaultdict(list)
     for question in dict.fromkeys(book.questions(split)):
-        for k in rng.permutation(len(voices))[np.arange(each) % len(voices)]:
-            voice = replace(voices[k], rate=round(voices[k].rate * rng.uniform(0.85, 1.2)))
-            opener = _one(rng, book.openers) if rng.random() < 0.5 else ""
-            out[question].append(heard(encoder, turn(rng, speech.synthesise(opener + question, voice).wave)))
+        able = [v for v in voices if recited.able(v, question)]
+        for k in rng.permutation(len(able))[np.arange(each) % len(able)]:
+            voice = replace(able[k], rate=round(able[k].rate * rng.uniform(0.85, 1.2)))
+            said = _one(rng, book.openers) + question if rng.random() < 0.5 else question
+            out[question].append(heard(encoder, turn(rng, speech.synthesise(said if recited.able(voice, said) else question, voice).wave)))
             step()
     return dict(out)
 
@@ -261,10 +265,15 @@ def turn(rng, wave: np.ndarray, lead=(0.1, 0.5), tail=(0.0, 0.4), noise=1e-3) ->
     return (wave + noise * rng.uniform(0, 1) * rng.standard_normal(len(wave))).astype(np.float32)
 
 
-def batch(book: Book, sounds: dict[str, list[Tensor]], lm: DialogueLM, n: int, rng) -> list[list[tuple[Tensor, list[int]]]]:
-    """n training scripts of one to MEMORY exchanges, as `DialogueLM.loss` takes them."""
+def batch(book: Book, sounds: dict[str, list[Tensor]], lm: DialogueLM, n: int, broken: float, rng) -> list[list[tuple]]:
+    """n training scripts of one to MEMORY exchanges, as `DialogueLM.loss` takes them; broken: the share of answers that the caller breaks off."""
     scripts = [book.script(rng, "train", rng.integers(1, MEMORY + 1)) for _ in range(n)]
-    return [[(blurred(_one(rng, sounds[e.question]), rng), lm.encode(e.answer)) for e in script] for script in scripts]
+    return [[(blurred(_one(rng, sounds[e.question]), rng), *broken_off(lm.encode(e.answer), broken, rng)) for e in script] for script in scripts]
+
+
+def broken_off(answer: list[int], share: float, rng) -> tuple:
+    """(answer,), or in this share of cases (answer, how many of its words were spoken): from none to all but one."""
+    return (answer, int(rng.integers(len(answer)))) if rng.random() < share else (answer,)
 
 
 def blurred(heard: Tensor, rng, spans: int = 3, longest: int = 3, noise: float = 0.6) -> Tensor:

@@ -1,9 +1,10 @@
 """Text to speech with exact phoneme times, offline.
 
 - `synthesise(text, voice)` is a pure function: the same words and voice give the same samples, whatever was spoken before.
-- Two engines (engines.py), one inventory: what either calls a sound is spelled in IPA and mapped to the 42 classes of PHONEMES.
+- Two engines (engines.py), one inventory: what either calls a sound is spelled in IPA and mapped to the 42 classes of PHONEMES. A third has its
+  words on file (recited.py).
 - Voices and sentences are small committed lists in data/, split into train, valid, test and natural; held out by construction. Training hears
-  drawn voices beside its list (speakers.py).
+  drawn voices beside its list (speakers.py), and `reciters`.
 """
 import re
 import unicodedata
@@ -12,12 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import engines, speakers
+from . import engines, recited, speakers
 from .config import DATA, UserError
 
 RATE = 16_000                                  # of every waveform in this workbook, Hz
 SPLITS = ("train", "valid", "test", "natural")
-ENGINES = {"espeak": engines.espeak, "piper": engines.piper}
+ENGINES = {"espeak": engines.espeak, "piper": engines.piper, "recited": recited.recited}
 RMS, PEAK = 0.1, 0.98                          # -20 dBFS while sound is on, and never clipped
 
 PHONEMES = (
@@ -39,7 +40,7 @@ UNHEARD = re.compile("[ˈˌˑ\u200c\u200d‿]")     # stress, half length, ties:
 
 @dataclass(frozen=True)
 class Voice:
-    """Who speaks. engine: "espeak" or "piper"; language: an espeak-ng voice and variant ("en-us+f3"); rate in words a minute;
+    """Who speaks. engine: "espeak", "piper" or "recited"; language: an espeak-ng voice and variant ("en-us+f3"); rate in words a minute;
     pitch and range from 0 to 99. piper heeds the rate alone."""
     name: str
     engine: str
@@ -114,6 +115,11 @@ def load_voices():
     except (KeyError, TypeError, YAMLError) as error:
         raise UserError("data/voices.yaml: write train, valid, test, natural, each a list of name, engine, language, rate, pitch, range "
                         f"({' '.join(str(error).split())})") from None
+
+
+def reciters():
+    """[Voice] of those that say what is on file and nothing else, for training."""
+    return [Voice(**row) for row in recited.rows()]
 
 
 def _read(name):

@@ -1,10 +1,10 @@
 """Small real videos for tests: drawn people who speak, as mp4, whole and broken in every way that folders of videos are."""
 import numpy as np
 
-from tmlib import data, media, speakers
+from tmlib import data, media, speakers, speech
 
 RATE, SIDE = data.RATE, 96
-VOICES, SENTENCES = data.word_lists()["train"]
+VOICES, SENTENCES = speech.load_voices()["train"], speech.load_sentences()["train"]
 WORDS = VOICES[:-speakers.COUNT], SENTENCES      # without the drawn speakers, not all of whom a detector of people's voices hears
 
 

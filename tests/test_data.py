@@ -35,7 +35,7 @@ def test_what_is_held_out_is_held_out():
     pairs = list(combinations(speech.SPLITS, 2))
     assert not any({s.identity for s in made[a]} & {s.identity for s in made[b]} for a, b in pairs)
     assert not any({s.seed for s in made[a]} & {s.seed for s in made[b]} for a, b in pairs)
-    lists = data.word_lists()
+    lists = {split: data.word_list(split) for split in speech.SPLITS}
     spoken = {split: (set(v), set(s)) for split, (v, s) in lists.items()}
     assert all(voices and sentences for voices, sentences in spoken.values())
     assert not any(spoken[a][k] & spoken[b][k] for a, b in pairs for k in (0, 1))
@@ -91,7 +91,7 @@ def test_generic_moves_its_mouth_to_no_speech(clips):
 
 def test_speech_is_heard_when_the_mouth_speaks(clips):
     clip = clips["speaking"]
-    voices = {v.name for v in data.word_lists()["test"][0]}
+    voices = {v.name for v in data.word_list("test")[0]}
     assert clip.voice in voices and clip.speaking.any()
     loud = np.sqrt((clip.wave[:33 * 1000].reshape(33, 1000) ** 2).mean(1))
     assert loud[clip.speaking].mean() > 0.03
@@ -102,7 +102,7 @@ def test_speech_is_heard_when_the_mouth_speaks(clips):
 
 def test_talk_begins_anywhere():
     """Pauses are silent, and clips have no beginning in common: by chance one is cut inside a word, another inside a pause."""
-    said = [data.talk(np.random.default_rng(i), data.word_lists()["test"], 2.0) for i in range(24)]
+    said = [data.talk(np.random.default_rng(i), data.word_list("test"), 2.0) for i in range(24)]
     first = [phones[0].symbol for _, phones, _ in said]
     assert 0 < first.count("sil") < 12
     for wave, phones, _ in said:

@@ -130,7 +130,7 @@ def test_a_batch_is_its_rows():
     assert lm.loss(rows).item() == pytest.approx(np.average(alone, weights=words), rel=1e-5)
 
 
-def test_of_a_broken_off_answer_only_the_next_word_is_asked_for():
+def test_of_a_broken_off_answer_nothing_after_the_next_word_is_asked_for():
     lm = tiny()
     heard = sounds(2)
     x, wanted = lm.embed([(heard[0], [3, 4, 5], 1), (heard[1], [6])])

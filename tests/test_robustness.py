@@ -10,26 +10,26 @@ from tmlib.robustness import Split, babble, foreign, sayable
 
 @pytest.fixture(scope="module")
 def plain():
-    voices, sentences = data.word_lists()["test"]
+    voices, sentences = data.word_list("test")
     return robustness.clips(5, "plain", voices, sentences[:6])
 
 
 def test_foreign_voices_keep_all_but_the_language():
-    voices = data.word_lists()["test"][0]
+    voices = data.word_list("test")[0]
     abroad = foreign(voices, ["it", "sv"])
     assert [v.language for v in abroad[:3]] == [f"{accent}+{v.language.partition('+')[2]}" for accent, v in zip(("it", "sv", "it"), voices)]
     assert [(v.rate, v.pitch, v.range) for v in abroad] == [(v.rate, v.pitch, v.range) for v in voices]
 
 
 def test_sentences_that_somebody_cannot_say_are_left_out():
-    voices, sentences = data.word_lists()["test"]
+    voices, sentences = data.word_list("test")
     assert sayable(sentences[:4], voices) == sentences[:4]
     some = sayable(sentences, foreign(voices, ["nl", "pl"]))
     assert 0 < len(some) < len(sentences) and set(some) < set(sentences)
 
 
 def test_faces_are_the_same_for_every_kind(plain):
-    voices, sentences = data.word_lists()["test"]
+    voices, sentences = data.word_list("test")
     abroad = robustness.clips(5, "accent", foreign(voices, ["sv"]), sayable(sentences, foreign(voices, ["sv"])))
     for a, b in zip(plain, abroad):
         assert not np.array_equal(a.wave, b.wave) and a.voice == b.voice

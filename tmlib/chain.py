@@ -1,7 +1,7 @@
 """The autoregressive chain: one loop for training and for the runtime.
 
 - `Chain` holds the caches and makes one chunk after another; `rollout` runs it over a clip, `stream.Streamer` for ever.
-- `full` is the same few-step student on a whole sequence under its mask: what training sees. With a cache per denoising
+- `full` is the same few-step student on a whole sequence under its mask, as `distill.student` trains it. With a cache per denoising
   step it equals `rollout` for as long as the sequence fits the window, which is why no clean pass is needed.
 - Beyond the window positions stay pinned: reference at 0.., previous chunk and present chunk at the window's end.
 """

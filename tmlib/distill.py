@@ -59,7 +59,8 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
 
     grad: the step whose x_0 is wanted, the one that keeps its gradient (Self-Forcing, Algorithm 1). start: clean latents to be noised to
     step `grad` in place of the student's own estimate (the figure's "real video"); step 0 starts from noise alone. With per-step caches a chunk's context is the previous chunk at the
-    same noise level, so one masked pass over the whole sequence equals the chunk-by-chunk rollout; the other caches have to roll.
+    same noise level, so one masked pass over the whole sequence equals the chunk-by-chunk rollout; the other caches have to roll. Equal are the
+    values: through the mask gradients reach the chunks before, in a rollout (`attention.KVCache`) they end there.
     """
     ts = flow.timesteps(p.steps, p.shift)
     if p.cache != "per_step":
@@ -86,7 +87,7 @@ def drawn(shape, g: torch.Generator, part: slice, first: Tensor | None = None, d
 
 
 def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
-    """Player's loss, in parts: at each denoising step in turn the student's x_0 must meet the teacher's solution, and its change across chunks' borders."""
+    """Player's loss, one for each part of the batch: squared error to the teacher's x_0, at each denoising step in turn, plus that of its change across chunk borders."""
     def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         j = torch.randint(len(pairs["seed"]), (p.batch,), generator=g)[part]
         batch, target = latents.batch(pairs["index"][j]).to(dit.device), pairs["target"][j].to(dit.device)
@@ -101,14 +102,14 @@ def regression_loss(dit, latents: Latents, pairs: dict[str, Tensor], p) -> list[
 def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Tensor], p):
     """The two players of DMD, in parts: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression.
 
-    Both go through the denoising steps in turn, and start as often from real video: the critic learns what the student is judged by.
+    Both cycle through the denoising steps and use real video equally often, so the critic learns the distribution that it judges.
     """
     shape = p.batch, *latents.shape
 
     def sample(part: slice, g: torch.Generator, grad: int) -> tuple[Batch, Tensor]:
         batch = latents.batch(latents.draw(p.batch, g)[part]).to(dit.device)
-        real = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
-        return batch, student(dit, batch, drawn(shape, g, part, device=dit.device), p, grad, start=real)
+        start = batch.z if float(torch.rand((), generator=g)) < p.real_ratio else None
+        return batch, student(dit, batch, drawn(shape, g, part, device=dit.device), p, grad, start)
 
     def student_loss(part: slice, regress, g: torch.Generator, step: int) -> dict[str, Tensor]:
         turn = step // p.critic_steps                                         # the student's own count

@@ -18,7 +18,7 @@ from . import config, dialogue, recordings, speech
 from .config import UserError, atomic
 from .recited import FOLDER, RATE, RECITERS
 
-LIST = {"pau": "sil", "ax": "ə", "axr": "ɜː"}   # sounds of flite and festival that the CMU dictionary has not
+MORE = {"pau": "sil", "ax": "ə", "axr": "ɜː"}   # sounds of flite and festival that the CMU dictionary has not
 FLITE = {"awb": "awb", "kal": "kal16", "rms": "rms", "slt": "slt"}                              # its names of the reciters
 PICO = {"pico_gb": "en-GB", "pico_us": "en-US"}
 ASKED_BY = 2                                    # reciters of each of the dialogue's questions
@@ -43,7 +43,11 @@ def festival(reciter: str, some: list[str], folder: Path):
 
 def pico(reciter: str, some: list[str], folder: Path):
     """As `flite`, but by forced alignment: pico does not say when it says what. No sounds where the words cannot be aligned."""
-    from ttspico import TtsEngine
+    try:
+        import pocketsphinx  # noqa: F401
+        from ttspico import TtsEngine
+    except ImportError:
+        raise UserError("pico's voices need pip install pocketsphinx ttspico") from None
     engine = TtsEngine(PICO[reciter])
     for text in some:
         wave = np.frombuffer(engine.speak(text), np.int16) / 32768
@@ -55,7 +59,7 @@ def pico(reciter: str, some: list[str], folder: Path):
 
 def ipa(name: str) -> str:
     """flite's and festival's name of a sound -> ours."""
-    return LIST.get(name) or recordings.ARPABET[name.upper()]
+    return MORE.get(name) or recordings.ARPABET[name.upper()]
 
 
 def run(*command: str) -> str:

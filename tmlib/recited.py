@@ -1,14 +1,15 @@
 """Recited: what training hears of voices that were made from recordings of people. espeak-ng's are formulas, all of them.
 
-- Seven reciters speak the training sentences of data/sentences.txt, and some each of the dialogue's questions. Their synthesisers cannot be
-  installed with pip, so what they said is kept: `data/recited/<reciter>.opus`, one text after the other, and `<reciter>.tsv`, a row a text: its
-  first sample, one past its last, the text, and its sounds, each with the second it begins at. `python -m tmlib.recite` made them.
+- Seven reciters speak the training sentences of data/sentences.txt, and two of them each of the dialogue's training questions. Most of their
+  synthesisers do not come with pip, so what they said is kept: `data/recited/<reciter>.opus`, one text after the other, and `<reciter>.tsv`, a row a
+  text: its first sample, one past its last, the text, and its sounds, each with the second it begins at. `python -m tmlib.recite` made them.
 - A reciter is many speakers: played faster, a voice is higher and its throat shorter, as a child's.
+- Whose voices: awb, rms, slt and kal are Carnegie Mellon's (flite 2.2; the first three from the CMU Arctic recordings), ked is the University of
+  Edinburgh's (festvox-kdlpc16k 1.4), pico_gb and pico_us SVOX's (pico, Apache 2.0). All of these licences let everybody use what the voices say.
 """
 import csv
 from functools import lru_cache
 
-import numpy as np
 import soundfile
 
 from . import config
@@ -16,13 +17,13 @@ from .config import UserError
 
 FOLDER = "recited"                              # of data/
 RECITERS = ("awb", "kal", "ked", "pico_gb", "pico_us", "rms", "slt")
-SIZES = np.linspace(5, 95, 12)                  # the pitches, from 0 to 99, at which each of them speaks; 50 is his own
+SIZES = range(5, 96, 9)                         # the pitches, from 0 to 99, at which each of them speaks; 50 is the reciter's own
 RATE = 16_000
 
 
 def rows() -> list[dict]:
     """The speakers that these are, as rows of data/voices.yaml."""
-    return [{"name": f"{reciter}{size:.0f}", "engine": "recited", "language": reciter, "rate": 170, "pitch": int(size), "range": 50} for reciter in RECITERS for size in SIZES]
+    return [{"name": f"{reciter}{size}", "engine": "recited", "language": reciter, "rate": 170, "pitch": size, "range": 50} for reciter in RECITERS for size in SIZES]
 
 
 @lru_cache
@@ -39,7 +40,7 @@ def texts(reciter: str) -> dict[str, tuple[int, int, str]]:
 def recited(text, voice):
     """The engine `recited` -> float samples (n,), their rate, groups of one sound each. Only `voice.pitch` is heeded. UserError on what is not kept."""
     if not able(voice, text):
-        raise UserError(f"data/{FOLDER}: {voice.language} has not recited {text!r}, only what {voice.language}.tsv lists: add it with python -m tmlib.recite")
+        raise UserError(f"data/{FOLDER}: {voice.language} has not recited {text!r}, only what {voice.language}.tsv lists: put it under [train] in data/sentences.txt, then python -m tmlib.recite")
     start, end, sounds = texts(voice.language)[text]
     path = config.DATA / FOLDER / f"{voice.language}.opus"
     try:

@@ -41,7 +41,7 @@ UNHEARD = re.compile("[ˈˌˑ\u200c\u200d‿]")     # stress, half length, ties:
 @dataclass(frozen=True)
 class Voice:
     """Who speaks. engine: "espeak", "piper" or "recited"; language: an espeak-ng voice and variant ("en-us+f3"); rate in words a minute;
-    pitch and range from 0 to 99. piper heeds the rate alone."""
+    pitch and range from 0 to 99. piper heeds the rate alone; of a reciter (`recited.RECITERS`) language is the name, and pitch alone is heeded."""
     name: str
     engine: str
     language: str

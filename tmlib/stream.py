@@ -100,7 +100,7 @@ class Streamer:
     # Streams
 
     def stream(self, image, audio_chunks, *, text=None, listening=None, image_tokens=None, audio_mask=None):
-        """Yield frames of picture `image` speaking `audio_chunks`: 1 + 4 (chunk - 1) frames first, then 4 chunk each time.
+        """Yield frames of picture `image` speaking `audio_chunks`: first 1 + 4 (chunk - 1) frames, then 4 chunk for each chunk.
 
         image: uint8 (H, W, 3). audio_chunks: an iterable of float waveforms (n,), mono 16 kHz, of any sizes, endless if you
         like, or a LiveSound; silence is added at its end until the last sample has its frame. text (1, tokens, D): the prompt;
@@ -151,7 +151,7 @@ class Streamer:
         return self.take.after[0][1]
 
     def rewind(self, sample):
-        """Forget the sound from `sample` on, and the last chunks delivered as far as they have frames there: `resume` makes them again.
+        """Forget the sound from `sample` on, and every delivered chunk that has frames there: `resume` makes these again.
 
         What comes next from the sound's source stands at `sample`. So a live stream may run ahead of what is known, and still say
         at once what turns up. Returns the sound forgotten (n,). UserError where more than `undo` chunks would have to go.

@@ -153,7 +153,7 @@ def save_state(folder: Path, players: list[Player], step: int, history: list[dic
 
 
 def load_state(folder: Path, players: list[Player]) -> tuple[int, list[dict], dict]:
-    """Players as they were at the newest step that all ranks have saved: (step, history, recent numbers); (0, [], {}) where none is."""
+    """Players as they were at the newest step that all ranks have saved: (step, history, numbers since its last entry); (0, [], {}) where none is."""
     mine = states(folder)
     step = max(set.intersection(*map(set, ranks.agreed(list(mine)))), default=0)
     if not step:
@@ -170,7 +170,7 @@ def load_state(folder: Path, players: list[Player]) -> tuple[int, list[dict], di
 
 def train(players: list[Player], steps: int, seed: int, folder: Path, what: str, save_share: float = 0.03,
           log_every: int = 20, stop_at: int | None = None) -> list[dict]:
-    """Runs steps 0 .. steps - 1, going on from the state in `folder` if there is one; returns the log (one dict per `log_every`).
+    """Runs steps 0 .. steps - 1, going on from the state in `folder` if there is one; returns the log (one dict per `log_every`, of means since the last).
 
     Saving the state may take `save_share` of the time, and comes every two seconds at most. With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
     """
@@ -192,11 +192,13 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
             return history
         for p in players:
             if step % p.every == 0:
-                recent |= {(k if len(players) == 1 else f"{p.name}_{k}"): v for k, v in play(p, step, steps, seed).items()}
+                for k, v in play(p, step, steps, seed).items():
+                    recent.setdefault(k if len(players) == 1 else f"{p.name}_{k}", []).append(v)
         step += 1
+        progress.step(**{k: v[-1] for k, v in recent.items() if k.endswith("loss")})
         if step % log_every == 0 or step == steps:
-            history.append({"step": step, **recent})
-        progress.step(**{k: v for k, v in recent.items() if k.endswith("loss")})
+            history.append({**(history[-1] if history else {}), "step": step, **{k: sum(v) / len(v) for k, v in recent.items()}})
+            recent.clear()
     save_state(folder, players, step, history, recent)
     for p in players:
         if p.optim.ema:

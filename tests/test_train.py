@@ -133,6 +133,15 @@ def test_players_play_when_it_is_their_turn(tmp_path):
     assert set(single[0]) == {"step", "loss", "grad_norm"}
 
 
+def test_the_log_holds_means_since_its_last_entry(tmp_path):
+    each = train.train([one_player(Optim(1e-3))], 6, 0, tmp_path / "each", "x", log_every=1)
+    some = train.train([one_player(Optim(1e-3))], 6, 0, tmp_path / "some", "x", log_every=4)
+    loss = [h["loss"] for h in each]
+    assert [h["loss"] for h in some] == pytest.approx([sum(loss[:4]) / 4, sum(loss[4:]) / 2]) and len(set(loss)) == 6
+    rare = train.train(two_players(), 4, 0, tmp_path / "rare", "x", log_every=1)
+    assert rare[1]["student_loss"] == rare[0]["student_loss"] != rare[2]["student_loss"]      # it plays every other step
+
+
 # ---- optimisers --------------------------------------------------------------------------------
 
 def test_schedule():

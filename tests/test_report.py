@@ -311,6 +311,21 @@ def test_the_page_is_sound_html_whose_every_link_leads_somewhere(root):
     assert "0.875 [0.863, 0.887]" in page.text and "14 of 14 hold, 0 fail, 0 not measured" in page.text
 
 
+def test_the_same_stands_in_markdown(root):
+    captions = furnish(root)
+    config.save_json(root / "reports" / "metrics" / "student.json", measured(good(), student__frechet_ratio=1.5, student__frechet_ratio_lo=1.3, student__frechet_ratio_hi=1.7)["student"])
+    report.build(root, captions)
+    text = (root / "reports" / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link.startswith("https://arxiv.org/") or (root / "reports" / link).exists(), link
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.partition("## Tables")[0].splitlines() if line.startswith("|")]
+    claims = {row[0].strip().strip("*"): [cell.strip() for cell in row] for row in rows if row[0].strip().startswith("**")}
+    assert list(claims) == list(report.CLAIMS) and claims["C4"][-1] == "**fails**" and claims["C1"][-1] == "**holds**"
+    assert {len(row) for row in rows} == {5} and len(rows) == 2 + sum(1 + len(c.bars) for c in report.CLAIMS.values())
+    assert "0.875 [0.863, 0.887]" in text and "13 of 14 hold, 1 fail, 0 were not measured" in text and "| teacher | 0.875 [0.863, 0.887] |" in text
+    assert "![A bars](figures/a_bars.svg)" in text and "- [talk.mp4](videos/talk.mp4): A face talks." in text
+
+
 def test_the_page_shows_failures_and_gaps_as_such(root):
     (root / "reports" / "metrics" / "user_study.json").unlink()
     config.save_json(root / "reports" / "metrics" / "teacher.json", measured(good(), teacher__lip_r_line=0.5)["teacher"])
@@ -336,7 +351,7 @@ def test_the_same_metrics_give_the_same_bytes(root, tmp_path_factory):
     report.build(other)
     assert digest(root) == first == digest(other)
     made = {path.removeprefix("reports/") for path in first}
-    assert {"claims.json", "index.html", "figures/lip_r_of_every_run.png"} <= made
+    assert {"claims.json", "index.html", "README.md", "figures/lip_r_of_every_run.png"} <= made
     assert {f"tables/{t}.{kind}" for t in ("claims", "quality", "drift", "latency", "latency_matrix") for kind in ("md", "csv", "tex")} <= made
 
 

@@ -276,9 +276,9 @@ def verdict(row: dict) -> str:
 
 
 def build(root=None, captions: dict[str, str] | None = None) -> None:
-    """From root/reports/metrics: claims.json, tables/, figures/ of metrics, index.html, all in root/reports.
+    """From root/reports/metrics: claims.json, tables/, figures/ of metrics, index.html and README.md, all in root/reports.
 
-    The page shows all of figures/ and videos/. captions: file name without suffix -> one sentence; their order is the page's.
+    The pages show all of figures/ and videos/. captions: file name without suffix -> one sentence; their order is the page's.
     """
     root = Path(root or config.ROOT)
     reports, metrics = root / "reports", load_metrics(root)
@@ -289,11 +289,12 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     runs = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
     if len(runs) > 1:
         intervals([run for run in runs if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
-    _write(reports / "index.html", page(reports, metrics, verdicts, grids, captions or {}))
+    for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
+        _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
 
 
-def page(reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:
-    """The HTML of reports/index.html, from report_template.html beside this file."""
+def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:
+    """The text of a page of the report, from a template beside this file."""
     from jinja2 import Environment, StrictUndefined
 
     def files(folder: str, *suffixes: str) -> list[dict]:
@@ -305,10 +306,9 @@ def page(reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: di
 
     nb = {p.stem: f"../notebooks/{p.name}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}      # sources: they are there before a run
     known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "verdict": verdict, "meter": _meter}
-    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": shown, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
+    return environment.from_string(Path(__file__).with_name(template).read_text(encoding="utf-8")).render(
         claims=verdicts, pending={n: c.pending for n, c in CLAIMS.items()}, signs=SIGNS, metrics=metrics, tables=grids,
         videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".webp", ".png", ".svg"), notebooks=nb, scales=known("scale"),
         seeds=known("seed"), notebook_of={file: nb[name] for file, name in NOTEBOOKS.items() if name in nb})

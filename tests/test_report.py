@@ -311,6 +311,11 @@ def test_the_page_is_sound_html_whose_every_link_leads_somewhere(root):
     assert "0.875 [0.863, 0.887]" in page.text and "14 of 14 hold, 0 fail, 0 not measured" in page.text
 
 
+def test_a_value_does_not_look_like_its_bar():
+    assert [report.beside(x, 1.05) for x in (1.0525, 1.0489, 1.06, 1.05, None)] == ["1.052", "1.049", "1.06", "1.05", "–"]
+    assert report.beside(12, 12) == "12" and report.beside(0.9004, 0.9) == "0.9004" and report.beside(0.5, None) == "0.500"
+
+
 def test_the_same_stands_in_markdown(root):
     captions = furnish(root)
     config.save_json(root / "reports" / "metrics" / "student.json", measured(good(), student__frechet_ratio=1.5, student__frechet_ratio_lo=1.3, student__frechet_ratio_hi=1.7)["student"])

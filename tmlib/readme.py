@@ -8,7 +8,7 @@ from pathlib import Path
 from . import config
 from .config import UserError, cli, load_json
 from .figures import shown
-from .report import SIGNS, verdict
+from .report import SIGNS, beside, verdict
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
@@ -17,8 +17,8 @@ def cells(row: dict) -> tuple[str, str, str]:
     """A claim of claims.json -> measured, bar, verdict."""
     if row["value"] is None:
         return "–", "", f"not measured: {row['reason']}"
-    interval = " ({} to {})".format(*map(shown, row["ci95"])) if row["ci95"] else ""
-    return f"{row['why'].partition(';')[0]}: {shown(row['value'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
+    interval = " ({} to {})".format(*(beside(end, row["bar"]) for end in row["ci95"])) if row["ci95"] else ""
+    return f"{row['why'].partition(';')[0]}: {beside(row['value'], row['bar'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
 
 
 def tally(claims: dict[str, dict]) -> str:

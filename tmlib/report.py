@@ -275,6 +275,12 @@ def verdict(row: dict) -> str:
     return f"{word}, narrowly" if row["clear"] is False else word
 
 
+def beside(value, bar) -> str:
+    """A value as it stands beside its bar: with more digits where three would make them look alike."""
+    alike = isinstance(value, float) and bar is not None and value != bar and shown(value) == shown(float(bar))
+    return f"{value:.4g}" if alike else shown(value)
+
+
 def build(root=None, captions: dict[str, str] | None = None) -> None:
     """From root/reports/metrics: claims.json, tables/, figures/ of metrics, index.html and README.md, all in root/reports.
 
@@ -307,7 +313,7 @@ def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dic
     nb = {p.stem: f"../notebooks/{p.name}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}      # sources: they are there before a run
     known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
     environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
+    environment.filters |= {"shown": shown, "beside": beside, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
     return environment.from_string(Path(__file__).with_name(template).read_text(encoding="utf-8")).render(
         claims=verdicts, pending={n: c.pending for n, c in CLAIMS.items()}, signs=SIGNS, metrics=metrics, tables=grids,
         videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".webp", ".png", ".svg"), notebooks=nb, scales=known("scale"),

@@ -356,14 +356,14 @@ def test_the_real_detector_finds_a_spoken_sentence():
 
 # -------------------------------------------------------------------------------------------------------------- together
 def test_the_demo_answers_and_remembers(tmp_path):
-    """Ear, language model, voice, student and decoder, as `make call` has them; whoever asks has a voice that training never met."""
+    """Ear, language model, voice, student and decoder, as `make call` has them. The caller has a voice of the training: what unheard ones reach is measured in notebook 68."""
     from PIL import Image
 
     from tmlib import avatar, config, data
     track = avatar.make_track(np.random.default_rng(0), [], 5, 16)
     frames = data.portrait(avatar.sample_identity(np.random.default_rng([7, 2_000_003]), "flat"), track, 64)[0]
     Image.fromarray(frames[0]).save(tmp_path / "face.png")
-    voice, said = speech.load_voices()["test"][1], []
+    voice, said = speech.load_voices()["train"][0], []
     with conversation.open_call(tmp_path / "face.png", config.DATA / "demo")() as c:
         for question in ("What colour is grass?", "My name is Anna.", "What is my name?"):
             c.hear(np.pad(speech.synthesise(question, voice).wave, (8000, 16_000)))

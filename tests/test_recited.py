@@ -71,7 +71,7 @@ def test_a_part_of_the_file_is_that_part_of_the_whole():
         assert np.abs(part - whole[start:end]).max() < 0.02
 
 
-def test_a_clip_speaks_what_its_reciter_has(monkeypatch):
+def test_a_clip_speaks_what_its_reciter_has():
     some = speech.load_sentences()
     wave, phones, name = data.talk(np.random.default_rng(0), ([speaker("pico_us")], ["Nobody recites this.", *some["train"][:5]]), 4.0)
     assert name == "pico_us50" and len(wave) == 64000 and len(phones) > 20

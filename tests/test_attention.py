@@ -11,7 +11,7 @@ from tmlib.config import UserError
 
 def brute(kind, q, k, chunk):
     q, k = q // chunk, k // chunk
-    return {"bidirectional": True, "causal": k <= q, "sparse_causal": k in (0, q - 1, q)}[kind]
+    return {"bidirectional": True, "causal": k <= q, "sparse_causal": k in (0, q - 1, q), "first": k in (0, q), "previous": k in (q - 1, q)}[kind]
 
 
 @pytest.mark.parametrize("kind", att.MASKS)
@@ -123,6 +123,16 @@ def test_cache_holds_the_reference_and_the_previous_chunk():
         assert torch.equal(v, 1 - k)
     assert seen == [[1], [1, 11], [1, 11, 21], [1, 21, 31], [1, 31, 41]]                # layer 1: {0, previous, own}
     assert cache.read(0)[0].data_ptr() == cache.k.data_ptr()                            # no copy
+
+
+@pytest.mark.parametrize("mask, want", [("previous", [[0], [0, 10], [10, 20], [20, 30], [30, 40]]), ("first", [[0], [0, 10], [0, 20], [0, 30], [0, 40]])])
+def test_cache_shows_what_its_mask_allows(mask, want):
+    cache, seen, places = att.KVCache(1, 1, 1, 3, 4, chunk=3, mask=mask), [], []
+    for c in range(5):
+        places.append(cache.context_positions(cache.positions()))
+        seen.append(fill(cache, 10 * c)[0][0][0, 0, ::3, 0].tolist())
+    assert seen == want
+    assert places == [[], [0, 1, 2], *([0, 1, 2] if mask == "first" else [3 * c - 3, 3 * c - 2, 3 * c - 1] for c in (2, 3, 4))]
 
 
 def test_pairs_turn_the_same_whichever_way():

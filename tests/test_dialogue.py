@@ -34,20 +34,26 @@ def sounds(n, seed=0, size=32):
 
 
 # ------------------------------------------------------------------------------------------------------------------ Book
-def test_of_every_fact_one_way_of_asking_is_held_out(book):
-    assert not {e.question for e in book.facts["train"]} & {e.question for e in book.facts["test"]}
-    answers = {split: {e.answer for e in book.facts[split]} for split in ("train", "test")}
-    assert answers["train"] == answers["test"] and len(answers["test"]) == len(book.facts["test"])
-    for train, test in zip(book.tells["train"], book.tells["test"], strict=True):
-        assert not {e.question for _, e in train} & {e.question for _, e in test} and {x for x, _ in train} == {x for x, _ in test}
-    asks = ["{x} one", "{x} two", "{x} three", "{x} four"]
-    held = [dialogue._ways(asks, x, "test") for x in ("coal", "snow", "tea", "salt", "milk", "grass", "blood", "Rome")]
-    assert all(len(some) == 1 for some in held) and len({some[0] for some in held}) > 2, "not always the same way of asking"
-    assert all(set(dialogue._ways(asks, "tea", "train")) == set(asks) - set(dialogue._ways(asks, "tea", "test")) for _ in held)
+def test_of_every_fact_one_way_of_asking_is_the_tests_and_one_validations(book):
+    asked = {split: {e.question for e in book.facts[split]} for split in dialogue.SPLITS}
+    answers = {split: {e.answer for e in book.facts[split]} for split in dialogue.SPLITS}
+    for a, b in itertools.combinations(dialogue.SPLITS, 2):
+        assert not asked[a] & asked[b] and answers[a] == answers[b]
+        for some, others in zip(book.tells[a], book.tells[b], strict=True):
+            assert not {e.question for _, e in some} & {e.question for _, e in others} and {x for x, _ in some} == {x for x, _ in others}
+    assert len(book.facts["test"]) == len(answers["test"]) == len(book.facts["valid"])
+
+
+@pytest.mark.parametrize("n", [3, 4, 10])
+def test_other_ways_are_held_out_for_each_thing(n):
+    asks = [f"{{x}} {k}" for k in range(n)]
+    held = [[dialogue._ways(asks, x, split) for split in dialogue.SPLITS] for x in ("coal", "snow", "tea", "salt", "milk", "grass", "blood", "Rome")]
+    assert all(sorted(sum(ways, [])) == asks and len(ways[1]) == len(ways[2]) == 1 for ways in held)
+    assert all(len({ways[k][0] for ways in held}) > 1 for k in (1, 2)), "not always the same way of asking"
 
 
 def test_no_question_has_two_answers(book):
-    for split in ("train", "test"):
+    for split in dialogue.SPLITS:
         asked = [(e.question, e.answer) for e in book.facts[split] + book.small_talk]
         assert len(dict(asked)) == len(set(asked)) == len(asked)
 
@@ -55,7 +61,7 @@ def test_no_question_has_two_answers(book):
 def test_every_word_is_known_and_comes_back(book):
     words = set(book.words())
     rng = np.random.default_rng(0)
-    for split in ("train", "test"):
+    for split in dialogue.SPLITS:
         for e in (e for _ in range(100) for e in book.script(rng, split, 4)):
             assert set(split_words(e.answer)) <= words
             assert same(join_words(split_words(e.answer)), e.answer) and join_words(split_words(e.answer))[0].isupper()
@@ -81,6 +87,16 @@ def test_scripts_make_sense(book):
                 assert e.answer == last
             last = e.answer
     assert seen == set(dialogue.KINDS)
+
+
+def test_what_was_told_is_asked_for(book):
+    rng = np.random.default_rng(2)
+    asked = [e.answer not in {row["unknown"] for row in book.remember} for _ in range(300) for e in book.script(rng, "train", 4) if e.kind == "ask"]
+    assert 0.3 < np.mean(asked) < 0.6, "neither hardly ever nor always known"
+    for split in dialogue.SPLITS:
+        tells = {e.question: x for some in book.tells[split] for x, e in some}
+        for script in (book.recall(rng, split) for _ in range(50)):
+            assert [e.kind for e in script] == ["fact", "tell", "fact", "ask"] and tells[script[1].question] in script[3].answer
 
 
 @pytest.mark.parametrize("text", ["", "facts: 3", "facts: {a: {ask: [x]}}\nremember: {}", "facts: [", "- a"])

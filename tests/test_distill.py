@@ -43,10 +43,10 @@ def gradients(*nets):
 
 # ---- the student -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_student_is_the_rollout(dit, latents, steps):
+@pytest.mark.parametrize("steps, mask", [(1, "sparse_causal"), (2, "sparse_causal"), (3, "sparse_causal"), (2, "first"), (2, "previous")])
+def test_student_is_the_rollout(latents, steps, mask):
     """One masked pass over all chunks equals chunk by chunk with caches: what is trained is what runs."""
-    batch, p = latents.batch(torch.arange(2)), distillation(steps=steps)
+    dit, batch, p = make_dit(mask=mask), latents.batch(torch.arange(2)), distillation(steps=steps)
     noise = noise_of(batch)
     whole = distill.student(dit, batch, noise, p)
     rolled = chain.rollout(dit, batch.cond, timesteps=flow.timesteps(steps, p.shift), chunk=3, cache="per_step", noise=noise,

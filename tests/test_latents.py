@@ -144,6 +144,8 @@ def test_encode_split_by_hand(tmp_path):
     b, video = split.batch(torch.arange(n)), to_float(clips.frames)
     assert len(split) == n and torch.equal(b.z, pooled(video)) and b.z.shape == (n, 16, 4, 4, 4)
     assert torch.equal(b.cond, i2v_condition(SimpleNamespace(encode=pooled), video[:, :, :1], 4, "repeat"))
+    assert torch.equal(split.told("zero").batch(torch.arange(n)).cond, i2v_condition(SimpleNamespace(encode=pooled), video[:, :, :1], 4, "zero"))
+    assert split.told("repeat") is split and torch.equal(split.batch(torch.arange(n)).cond, b.cond)
     assert torch.equal(b.image, video[:, :, 0].flatten(2).mT[:, :5])
     assert b.audio.shape == (n, 4, 2, 3) and b.audio[:, 0, 0, 0].tolist() == list(range(n))
     assert b.face.shape == (n, 4, 2, 2) and (b.face == 1).all()

@@ -35,7 +35,8 @@ def good():
                         speedup_overlap=1.1, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
         "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, fps_each=[250.5], first_frame_ms=80.0)]),
         "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
-        "tradeoff": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2),
+        "ablated": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2,
+                        distilling_quality_gain=0.06, distilling_frechet_ratio=0.4, forgetting=1.05, forgetting_without_chunk_0=9.0),
         "conversation": dict(turns=12, reply_ms_p95=800.0, lip_r=0.89, listening_opening_mean=0.02, interrupted_ms_max=420.0, late=0.0, right_live=0.96),
         "dialogue": dict(right_unseen=0.95),
         "robustness": dict(lip_r_ratio_accent=0.97, lip_r_ratio_rate=0.95, lip_r_ratio_noise=0.91),
@@ -72,18 +73,25 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
 
     rows = [dict(chunk=c, steps=s, placement=p, fps_each=fps) for c, s, p, fps in
             ((3, 2, "serial", [100, 50]), (3, 4, "serial", [50, 25]), (7, 2, "serial", [80, 40]), (7, 2, "overlap", [1, 1]))]
-    (root / "reports" / "metrics" / "tradeoff.json").unlink()
+    (root / "reports" / "metrics" / "ablated.json").unlink()
     write("latency_matrix", dict(scale="mini", rows=rows))
     write("per_clip/ablations/control", {"lip_r": [0.5, 0.7, 0.9]})
     write("per_clip/ablations/four_steps", {"lip_r": [0.6, 0.8, 1.0]})
     found = report.load_metrics(root)
-    made = found["tradeoff"]
+    made = found["ablated"]
     assert made["steps_quality_gain"] == pytest.approx(0.1) == made["steps_quality_gain_lo"] and "chunk_quality_gain" not in made
     assert (made["steps_cost_ratio"], made["chunk_cost_ratio"], made["scale"]) == (2.0, 1.25, "mini")
+    assert not {"distilling_quality_gain", "distilling_frechet_ratio", "forgetting"} & set(made)
     row = report.claims(found)["C10"]
     assert row["holds"] is None and "chunk_quality_gain" in row["reason"] and row["evidence"] == "reports/metrics/ablations"
     write("per_clip/ablations/chunk_7", {"lip_r": [0.5, 0.6, 0.9]})
     assert report.claims(report.load_metrics(root))["C10"]["holds"] is False
+    write("per_clip/ablations/undistilled", {"lip_r": [0.3, 0.6, 0.8]})
+    for name, *numbers in (("control", 2.0, 0.06, 0.05), ("undistilled", 8.0, 0.2, 0.2), ("without_chunk_0", 9.0, 0.6, 0.4)):
+        write(f"ablations/{name}", dict(zip(("frechet", "stream_identity", "stream_identity_early"), numbers)))
+    made = report.load_metrics(root)["ablated"]
+    assert made["distilling_quality_gain"] == pytest.approx(0.4 / 3) and made["distilling_quality_gain_lo"] == pytest.approx(0.1)
+    assert [made[k] for k in ("distilling_frechet_ratio", "forgetting", "forgetting_without_chunk_0")] == pytest.approx([0.25, 1.2, 10.0])
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts

@@ -113,7 +113,9 @@ def test_condition_is_a_picture_and_what_stands_behind_it(vae):
     assert torch.equal(grey[:, 4:], vae.encode(torch.cat([image, torch.zeros(2, 3, 12, 16, 16)], 2)))
     torch.testing.assert_close(grey[:, 4:, :1], vae.encode(image), atol=1e-5, rtol=0)
     assert torch.equal(repeat[:, 4:], vae.encode(image).expand(-1, -1, 4, -1, -1))
-    for cond in (grey, repeat):
+    zero = i2v_condition(vae, image, 4, "zero")
+    assert torch.equal(zero[:, 4:, :1], vae.encode(image)) and not zero[:, 4:, 1:].any()
+    for cond in (grey, repeat, zero):
         assert (cond[:, :4, 0] == 1).all() and (cond[:, :4, 1:] == 0).all()
     with pytest.raises(UserError, match="'black' is unknown"):
         i2v_condition(vae, image, 4, "black")

@@ -87,7 +87,17 @@ def sparse_causal(q, k):
     return (k == 0) | (k == q - 1) | (k == q)
 
 
-MASKS = {"bidirectional": bidirectional, "causal": causal, "sparse_causal": sparse_causal}
+def first(q, k):
+    """Half of it, to see what the other is for: chunk 0 and one's own."""
+    return (k == 0) | (k == q)
+
+
+def previous(q, k):
+    """The other half: the previous chunk and one's own."""
+    return (k == q - 1) | (k == q)
+
+
+MASKS = {"bidirectional": bidirectional, "causal": causal, "sparse_causal": sparse_causal, "first": first, "previous": previous}
 
 
 def mask_matrix(kind, frames, tokens_per_frame=1, chunk=3, device=None):
@@ -141,7 +151,7 @@ def store(room, k, v):
 
 
 class KVCache:
-    """Keys and values of chunk 0 (slot 0) and of the previous chunk (slot 1), for every layer, in static buffers.
+    """Keys and values of chunk 0 (slot 0) and of the previous chunk (slot 1), for every layer, in static buffers; `mask` says which are seen.
 
     k, v: (layers, B, N, 2, L, D) with L the tokens of one chunk. Keys are stored *before* RoPE, since the previous
     chunk's position changes (p, then p - chunk) and no index may ever pass WINDOW - 1. Writes are detached: a context
@@ -152,7 +162,8 @@ class KVCache:
     serves the caches of all denoising steps.
     """
 
-    def __init__(self, layers, batch, heads, tokens, head_dim, chunk, window=WINDOW, device=None, dtype=None, memo=None):
+    def __init__(self, layers, batch, heads, tokens, head_dim, chunk, window=WINDOW, device=None, dtype=None, memo=None, mask="sparse_causal"):
+        self.sees = predicate(mask)
         self.k = torch.zeros(layers, batch, heads, 2, tokens, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.chunk, self.window, self.filled = chunk, window, 0
@@ -177,15 +188,20 @@ class KVCache:
         first = min(self.filled * self.chunk, self.window - self.chunk)
         return range(first, first + self.chunk)
 
+    def seen(self):
+        """The slots that the next chunk sees, a slice: of chunk 0 and the previous one what is there and the mask allows."""
+        slots = [slot for slot, chunk in enumerate((0, self.filled - 1)[: self.filled]) if self.sees(self.filled, chunk)]
+        return slice(slots[0], slots[-1] + 1) if slots else slice(0)
+
     def context_positions(self, positions):
         """RoPE indices of the keys already here, for a chunk at `positions`: chunk 0 at 0.., the previous just before."""
-        first = int(positions[0])
-        slots = [range(self.chunk), range(first - self.chunk, first)][: self.filled]
+        start = int(positions[0])
+        slots = [range(self.chunk), range(start - self.chunk, start)][self.seen()]
         return [p for slot in slots for p in slot]
 
     def read(self, layer):
         """The context's keys and values, (B, N, 0 | L | 2 L, D): views, not copies."""
-        return tuple(x[layer, :, :, : self.filled].flatten(2, 3) for x in (self.k, self.v))
+        return tuple(x[layer, :, :, self.seen()].flatten(2, 3) for x in (self.k, self.v))
 
     def room(self, layer):
         """Where this chunk's keys and values go, (B, N, L, D) each, by `writes_to`: views, see `store`; None: nowhere."""

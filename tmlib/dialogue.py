@@ -5,7 +5,7 @@
 What is special
 - No text of the caller exists anywhere: the speech encoder's features go straight into the transformer (transformers' Llama, small), between
   the words of its own earlier answers. So it can be asked what was said before.
-- What it can talk about stands in data/dialogue.yaml. Of each fact one way of asking is held out, and so are the test split's voices.
+- What it can talk about stands in data/dialogue.yaml. Of each fact one way of asking is held out for the test and one for validation, as their voices are.
 - `reply`, `hush`, `cut` and `forget` are what a `conversation` asks of a partner; `audio_llm.AudioLLM`, with public weights, has the same.
 """
 import json
@@ -27,8 +27,10 @@ from .hub import linked
 
 PAD, ANSWER, END = "<pad>", "<answer>", "<end>"
 MEMORY = 4                                       # exchanges that a sequence holds, the present one included: as in training
+SPLITS = ("train", "valid", "test")
 LONGEST = 24                                     # words of an answer
-KINDS = {"fact": 0.5, "tell": 0.16, "ask": 0.16, "small_talk": 0.1, "again": 0.08}          # how often each, in a script
+KINDS = {"fact": 0.45, "tell": 0.2, "ask": 0.2, "small_talk": 0.09, "again": 0.06}         # how often each, in a script
+KNOWN, FIRST = 0.8, 0.4                          # of the questions for what was told: so many are for something that was; if nothing was, so often something is told instead
 
 
 # ------------------------------------------------------------------------------------------------------ what to talk about
@@ -47,10 +49,10 @@ class Book:
         path = path or DATA / "dialogue.yaml"
         try:
             page = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-            self.facts = {split: self._facts(page["facts"].values(), split) for split in ("train", "test")}
+            self.facts = {split: self._facts(page["facts"].values(), split) for split in SPLITS}
             self.remember, self.again, self.openers = list(page["remember"].values()), page["again"], page["openers"]
             self.small_talk = [Exchange(ask, row["answer"], "small_talk") for row in page["small_talk"] for ask in row["ask"]]
-            self.tells = {split: [self._tells(row, split) for row in self.remember] for split in ("train", "test")}
+            self.tells = {split: [self._tells(row, split) for row in self.remember] for split in SPLITS}
         except (OSError, KeyError, TypeError, AttributeError, YAMLError) as error:
             raise UserError(f"{path}: facts, remember, small_talk, again and openers are wanted there, as git checkout data/dialogue.yaml has them "
                             f"({' '.join(str(error).split())})") from None
@@ -69,19 +71,31 @@ class Book:
         out, told = [], [None] * len(self.remember)
         while len(out) < length:
             kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+            known = [k for k, x in enumerate(told) if x is not None]
+            if kind == "ask" and not known and rng.random() < FIRST:
+                kind = "tell"
             if kind == "tell":
                 k = rng.integers(len(told))
                 told[k], exchange = _one(rng, self.tells[split][k])
             elif kind == "ask":
-                k = rng.integers(len(told))
-                row, x = self.remember[k], told[k]
-                exchange = Exchange(_one(rng, row["ask"]), row["unknown"] if x is None else row["answer"].format(x=x), kind)
+                k = _one(rng, known) if known and rng.random() < KNOWN else rng.integers(len(told))
+                exchange = self._ask(rng, k, told[k])
             elif kind == "again":
                 exchange = Exchange(_one(rng, self.again), out[-1].answer if out else "I have not said anything yet.", kind)
             else:
                 exchange = _one(rng, self.facts[split] if kind == "fact" else self.small_talk)
             out.append(exchange)
         return out
+
+    def recall(self, rng, split: str) -> list[Exchange]:
+        """Four exchanges: a fact, what the caller says of himself, a fact, and the question for what he said."""
+        k = rng.integers(len(self.remember))
+        x, tell = _one(rng, self.tells[split][k])
+        return [_one(rng, self.facts[split]), tell, _one(rng, self.facts[split]), self._ask(rng, k, x)]
+
+    def _ask(self, rng, k: int, x: str | None) -> Exchange:
+        row = self.remember[k]
+        return Exchange(_one(rng, row["ask"]), row["unknown"] if x is None else row["answer"].format(x=x), "ask")
 
     def questions(self, split: str) -> list[str]:
         """All that a caller may say in this split's scripts."""
@@ -90,15 +104,17 @@ class Book:
 
     def words(self) -> list[str]:
         """All words of all answers, in alphabetical order."""
-        answers = [e.answer for split in ("train", "test") for e in self.facts[split] + [e for some in self.tells[split] for _, e in some]]
+        answers = [e.answer for split in SPLITS for e in self.facts[split] + [e for some in self.tells[split] for _, e in some]]
         answers += [row["answer"].format(x=x) for row in self.remember for x in row["values"]] + [row["unknown"] for row in self.remember]
         return sorted({w for a in [*answers, *(e.answer for e in self.small_talk), "I have not said anything yet."] for w in split_words(a)})
 
 
 def _ways(asks: list[str], x: str, split: str) -> list[str]:
-    """The ways of asking for x that belong to a split: one is held out, another one for each x."""
-    held = zlib.crc32(f"unheard {x}".encode()) % len(asks)
-    return [ask for k, ask in enumerate(asks) if (k == held) == (split == "test")]
+    """The ways of asking for x that belong to a split: one is the test's and one validation's, others for each x."""
+    drawn, n = zlib.crc32(f"unheard {x}".encode()), len(asks)
+    test = drawn % n
+    owner = {test: "test", (test + 1 + drawn // n % (n - 1)) % n: "valid"}
+    return [ask for k, ask in enumerate(asks) if owner.get(k, "train") == split]
 
 
 def _one(rng, some: list):

@@ -67,7 +67,7 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
         if start is not None:
             raise UserError(f"distillation.real_ratio must be 0 with cache {p.cache}: its chunks follow from one another, none can start from real video")
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
-    v = denoiser(dit, batch, mask="sparse_causal")
+    v = denoiser(dit, batch, mask=chain.bare(dit).config.mask)
     at = lambda t: torch.full((len(batch),), t, device=dit.device)
     if start is not None and grad:
         x_t = flow.add_noise(start, noise(grad), ts[grad])

@@ -42,6 +42,7 @@ class DiTConfig:
     audio_depth: int                                # how many residual MLPs follow the first
     audio_every: int                                # audio layers in blocks 0, n, 2n, ...
     chunk: int = 3                                  # latent frames per chunk, for the causal masks
+    mask: str = "sparse_causal"                     # what a chunk of a stream sees of those before, see `attention.MASKS`
     condition: str = "grey"                         # how it takes the picture, see `vae.i2v_condition`
     prior_std: tuple | None = None                  # (rows, columns) of x_0 about the reference picture; None: plain Wan
     patch_size: tuple = (1, 2, 2)
@@ -88,7 +89,7 @@ class WanDiT(nn.Module):
         text (B, <= 512, text_dim); image (B, 257, image_dim); audio (B, F, tokens, audio_dim), zeros = null condition;
         audio_mask (B, F, h, w), face region in token units. A source that is None is skipped.
         positions: (F,) latent frame indices for RoPE, by default 0.. or what the cache says.
-        mask: "bidirectional", "sparse_causal" or "causal" over chunks of `self.chunk` frames, for a full sequence.
+        mask: one of `attention.MASKS` over chunks of `self.chunk` frames, for a full sequence.
         cache: x is the next single chunk of a stream; it attends to the cached context and itself.
         """
         self.check(x, t, text, image, audio, audio_mask, positions, cache)
@@ -218,7 +219,7 @@ class WanDiT(nn.Module):
         c, chunk = self.config, chunk or self.chunk
         tokens = chunk * (height // c.patch_size[1]) * (width // c.patch_size[2])
         return att.KVCache(c.num_layers, batch, c.num_attention_heads, tokens, c.attention_head_dim, chunk,
-                           device=self.device, dtype=self.dtype, memo=memo)
+                           device=self.device, dtype=self.dtype, memo=memo, mask=c.mask)
 
     @classmethod
     def from_variant(cls, name, **overrides):
@@ -289,8 +290,8 @@ def init_weights(model, names=None):
 
 # Variants
 
-OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3, condition="grey",
-                    prior_std=None)
+OUR_DEFAULTS = dict(audio_dim=None, audio_tokens=32, audio_width=384, audio_hidden=1536, audio_depth=2, audio_every=1, chunk=3,
+                    mask="sparse_causal", condition="grey", prior_std=None)
 _WAN = dict(in_channels=36, out_channels=16, text_dim=4096, image_dim=1280, freq_dim=256, **OUR_DEFAULTS)
 _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width": 128, "audio_hidden": 256, "audio_depth": 1}
 

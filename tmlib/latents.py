@@ -189,6 +189,15 @@ class Latents:
         part.store = {k: v if k == "text" else v[:n] for k, v in self.store.items()}
         return part
 
+    def told(self, condition: str) -> "Latents":
+        """The same for a model with this condition (`vae.i2v_condition`): "zero" leaves the picture on latent frame 0 alone, any other all as it is."""
+        if condition != "zero":
+            return self
+        part, cond = copy(self), self.store["cond"].clone()
+        cond[:, 4:, 1:] = 0
+        part.store = self.store | {"cond": cond}
+        return part
+
     def spread(self) -> list[list[float]]:
         """How far latents stray from their reference picture's, place by place (h, w): what `flow.reference_prior` takes as known."""
         std = (self.store["z"] - self.store["cond"][:, 4:]).square().mean((0, 1, 2)).sqrt()

@@ -61,6 +61,8 @@ CLAIMS = {
         Bar("streaming", "toggle_latency_frames", "<=", 12, "frames until the mouth follows a change; a chunk is twelve"))),
     "C4": Claim("Distilled to two denoising steps, the student keeps the teacher's quality.", (
         Bar("student", "frechet_ratio", "<=", 1.0, "Fréchet distance over that of the same weights in two steps, undistilled; above one, distilling would have brought nothing"),
+        Bar("ablated", "distilling_quality_gain", ">", 0, "lip r gained by a short distillation from a teacher that is told nothing about the picture, so that two steps are too few at first, on validation clips; any"),
+        Bar("ablated", "distilling_frechet_ratio", "<=", 1.0, "Fréchet distance after it over that before"),
         Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a twentieth is about as wide as the interval"),
         Bar("student", "steps", "<=", 2, "denoising steps; the paper has two"),
         Bar("student", "frechet", "<=", lambda m: 1.25 * m["teacher"]["frechet"], "Fréchet distance; 1.25 times the teacher's, a loss that one hardly sees"))),
@@ -74,6 +76,8 @@ CLAIMS = {
             "sharpness at chunk 1000; at most a tenth below that at chunk 10"),
         Bar("streaming", "drift_identity_1000", "<=", lambda m: 1.25 * m["streaming"]["drift_identity_10"],
             "distance to the picture's face features at chunk 1000; at most a quarter above that at chunk 10"),
+        Bar("ablated", "forgetting", "<=", 1.25, "told nothing about the picture: distance to its face features in the last third of a stream over that in the first ten chunks; at most a quarter more"),
+        Bar("ablated", "forgetting_without_chunk_0", ">=", 2, "that distance for a student that never sees chunk 0, over that of one who does; twice says that a stream can forget its face, and the line above can fail"),
         Bar("student", "seam_ratio", "<=", lambda m: 1.1 * m["student"]["seam_ratio_real"],
             "picture change across chunk borders over that across other latent frames' borders; at most a tenth above real clips"))),
     "C6": Claim("Putting DiT and decoder on two devices raises the frame rate.", (
@@ -90,10 +94,10 @@ CLAIMS = {
         Bar("full_size", "chunk7_steps4_fps", "<=", 16, "the same at chunk 7, 4 steps, which needs more than one GPU")),
         "needs an H100-class GPU: python -m tmlib.bench"),
     "C10": Claim("More steps and larger chunks raise quality, and cost.", (
-        Bar("tradeoff", "steps_quality_gain", ">", 0, "lip r gained from 2 to 4 steps, on validation clips; any"),
-        Bar("tradeoff", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7, on validation clips; any"),
-        Bar("tradeoff", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over 2; {NOISE}"),
-        Bar("tradeoff", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over 3; {NOISE}")),
+        Bar("ablated", "steps_quality_gain", ">", 0, "lip r gained from 2 to 4 steps, on validation clips; any"),
+        Bar("ablated", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7, on validation clips; any"),
+        Bar("ablated", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over 2; {NOISE}"),
+        Bar("ablated", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over 3; {NOISE}")),
         "needs the ablations four_steps and chunk_7"),
     "C11": Claim("An audio language model drives it in a live conversation.", (
         Bar("conversation", "reply_ms_p95", "<=", 1000, "ms from the caller's last sound to the answer's first, 95 of 100; people wonder after a second"),
@@ -122,33 +126,40 @@ CLAIMS = {
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
              "adaptation": "30_adaptation", "teacher": "40_teacher", "student": "50_distillation", "other_teacher": "55_other_teacher",
              "streaming": "60_streaming", "latency": "65_latency", "latency_matrix": "65_latency", "robustness": "67_robustness",
-             "dialogue": "68_conversation", "conversation": "68_conversation", "tradeoff": "70_ablations"}
+             "dialogue": "68_conversation", "conversation": "68_conversation", "plain": "69_plain", "ablated": "70_ablations"}
 
 
 # --------------------------------------------------------------------------------------------------------- claims
-DERIVED = {"full_size": "data/measured", "tradeoff": "reports/metrics/ablations"}      # files of metrics that are made from others
+DERIVED = {"full_size": "data/measured", "ablated": "reports/metrics/ablations"}      # files of metrics that are made from others
 
 
 def load_metrics(root: Path) -> dict[str, dict]:
-    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, "tradeoff" from them, "full_size" of root/data/measured if it has any."""
+    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, "ablated" from them, "full_size" of root/data/measured if it has any."""
     folder = root / "reports" / "metrics"
     if not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run `make repro`, which measures before it reports")
     metrics = {p.relative_to(folder).with_suffix("").as_posix(): config.load_json(p) for p in sorted(folder.rglob("*.json"))}
-    derived = {"full_size": measured.full_size(root / "data" / "measured"), "tradeoff": tradeoff(metrics)}
+    derived = {"full_size": measured.full_size(root / "data" / "measured"), "ablated": ablated(metrics)}
     return metrics | {name: numbers for name, numbers in derived.items() if numbers}
 
 
-def tradeoff(metrics: dict[str, dict]) -> dict:
-    """What C10 asks for: lip r gained, clip by clip, and time per frame on one device, of four steps and of chunk 7 against chunk 3 in two."""
+def ablated(metrics: dict[str, dict]) -> dict:
+    """What C4, C5 and C10 ask of the ablations: lip r gained, clip by clip, by distilling, four steps and chunk 7; what these two cost in time per frame on one
+    device; Fréchet distance over the undistilled one's; how much further from its picture a stream is in its last third, over its beginning, and without chunk 0."""
     lips = {n.removeprefix("per_clip/ablations/"): np.array(m["lip_r"]) for n, m in metrics.items() if n.startswith("per_clip/ablations/")}
     fps = {(r["chunk"], r["steps"]): r["fps_each"] for r in metrics.get("latency_matrix", {}).get("rows", ()) if r["placement"] == "serial"}
     found = {}
-    for what, run, setting in (("steps", "four_steps", (3, 4)), ("chunk", "chunk_7", (7, 2))):
-        if run in lips and "control" in lips:
-            found |= interval(f"{what}_quality_gain", lips[run] - lips["control"])
+    for what, run, than in (("distilling", "control", "undistilled"), ("steps", "four_steps", "control"), ("chunk", "chunk_7", "control")):
+        if run in lips and than in lips:
+            found |= interval(f"{what}_quality_gain", lips[run] - lips[than])
+    for what, setting in (("steps", (3, 4)), ("chunk", (7, 2))):
         if setting in fps and (3, 2) in fps:
             found |= paired(f"{what}_cost_ratio", fps[3, 2], fps[setting])
+    for what, key, run, over, than in (("distilling_frechet_ratio", "frechet", "control", "frechet", "undistilled"), ("forgetting", "stream_identity", "control", "stream_identity_early", "control"),
+                                       ("forgetting_without_chunk_0", "stream_identity", "without_chunk_0", "stream_identity", "control")):
+        made, other = (metrics.get(f"ablations/{name}", {}) for name in (run, than))
+        if key in made and over in other:
+            found[what] = made[key] / other[over]
     return found and found | {"scale": metrics["latency_matrix" if fps else "ablations/control"].get("scale")}
 
 
@@ -240,7 +251,8 @@ def _write(path: Path, text: str) -> None:
 QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
            "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled", "lip_r_ceiling": "codec's ceiling",
            "lip_offset_frames": "offset, frames", "listening_opening_mean": "opening, listening",
-           "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "frechet": "Fréchet"}
+           "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "frechet": "Fréchet",
+           "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95", "dit_ms_p50": "DiT", "latents_ms_p50": "latents sent", "vae_ms_p50": "VAE",
           "frames_ms_p50": "frames sent", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}

@@ -260,15 +260,17 @@ def i2v_condition(vae, image: Tensor, frames: int, fill: str) -> Tensor:
     """The 20 condition channels [mask 4 | image latents 16] of a picture (B, 3, 1, H, W): (B, 20, frames, h, w).
 
     fill: what stands behind the picture. "grey": the latents of [image, grey, grey, ...], as Wan2.1 was trained; "repeat": the
-    image's own latents in every frame, so that a small model need not fetch the looks from frame 0 by attention.
+    image's own latents in every frame, so that a small model need not fetch the looks from frame 0 by attention; "zero": nothing.
     The mask is 1 on latent frame 0, whose content is given, and 0 on all that must be made.
     """
     if fill == "grey":
         latents = vae.encode(torch.cat([image, image.new_zeros(*image.shape[:2], 4 * (frames - 1), *image.shape[3:])], dim=2))
     elif fill == "repeat":
         latents = vae.encode(image).expand(-1, -1, frames, -1, -1)
+    elif fill == "zero":
+        latents = F.pad(vae.encode(image), (0, 0, 0, 0, 0, frames - 1))
     else:
-        raise UserError(f'condition {fill!r} is unknown; choose "grey" or "repeat"')
+        raise UserError(f'condition {fill!r} is unknown; choose "grey", "repeat" or "zero"')
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)

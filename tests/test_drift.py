@@ -1,0 +1,80 @@
+"""drift: what is said has its truth all along, and every way in which a picture can go astray shows in its own series."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tmlib import data, drift
+from test_evaluate import Faces, Mouths
+
+SIDE, TALK_S, LISTEN_S = 16, (1.0, 2.0), (0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def talk():
+    return drift.talk(np.random.default_rng(0), data.word_list("valid"), 120, TALK_S, LISTEN_S)
+
+
+def test_turns_alternate_and_silence_is_silent(talk):
+    assert len(talk.wave) == 120_000 and talk.truth.shape == (120,)
+    begins, speaks = zip(*talk.turns)
+    lengths = np.diff(begins)
+    assert speaks == tuple(k % 2 == 0 for k in range(len(speaks))) and begins[0] == 0 and begins[-1] < 7.5
+    assert all(lo <= x + 1e-4 and x <= hi for x, on in zip(lengths, speaks) for lo, hi in [TALK_S if on else LISTEN_S])
+    for begin, end, on in zip(begins, begins[1:], speaks):
+        part = talk.wave[round(begin * 16000):round(end * 16000)]
+        assert part.any() == on and (talk.truth[round(begin * 16):round(end * 16)].max() > 0.3) == on
+        assert talk.speaking((begin + end) / 2) == on
+
+
+class Streamer:
+    """Shows frames that were drawn before, twelve at a time after the first nine, and notes which prompt holds."""
+
+    def __init__(self, frames):
+        self.frames, self.dit, self.told = frames, SimpleNamespace(config=SimpleNamespace(text_dim=4)), []
+
+    def set_text(self, text):
+        self.told.append(text.item())
+
+    def stream(self, picture, waves, text, image_tokens, audio_mask):
+        assert image_tokens.shape == (1, 3, SIDE, SIDE) and audio_mask.shape[-2:] == (1, 1)
+        self.heard = np.concatenate(list(waves))
+        yield from np.split(self.frames, range(9, len(self.frames), 12))
+
+
+TOLD = SimpleNamespace(prompt=lambda style, mode, dim: torch.tensor(float(mode == "speaking")), tokens=lambda image: image)
+
+
+def watch(frames, talk, picture, **more):
+    clips = SimpleNamespace(frames=picture[None, None], meta=[{"style": "flat"}], face=np.tile([2, 2, 12, 12], (1, 1, 1)))
+    streamer = Streamer(frames)
+    return streamer, drift.watch(streamer, talk, clips, 0, TOLD, Mouths(), Faces(), **more)
+
+
+def test_a_still_picture_goes_nowhere_and_every_fault_shows(talk):
+    picture = np.random.default_rng(0).integers(40, 200, (SIDE, SIDE, 3)).astype(np.uint8)
+    still = np.repeat(picture[None], 117, 0)                                  # ten chunks
+    steps = []
+    streamer, seen = watch(still, talk, picture, keep=(1, 10), step=lambda: steps.append(1))
+    series = drift.series(seen, picture, Faces())
+    assert len(steps) == 10 and len(seen.opening) == 117 and np.array_equal(streamer.heard, talk.wave)
+    assert series["drift_color"] == pytest.approx(np.zeros(10), abs=1e-4) and series["drift_sharpness"] == pytest.approx(np.ones(10), abs=1e-4)
+    assert series["drift_identity"] == pytest.approx(np.zeros(10), abs=1e-5) and not any(seen.inside + seen.border)
+    assert streamer.told == [talk.speaking(t / 16) for t in range(9, 118, 12)], "the prompt follows the turns"
+    assert list(seen.kept) == [1, 10] and np.array_equal(seen.kept[10], picture)
+    late = slice(57, None)                                                    # from the sixth chunk on
+    for fault, changed, key in (("pale", still[late] // 2, "drift_color"), ("flat", still[late].mean((1, 2), keepdims=True) + np.zeros((1, SIDE, SIDE, 1)), "drift_sharpness"),
+                                ("other", still[late][:, ::-1], "drift_identity")):
+        frames = still.copy()
+        frames[late] = changed
+        values = drift.series(watch(frames, talk, picture)[1], picture, Faces())[key]
+        assert values[:5] == pytest.approx(series[key][:5]) and (abs(values[5:] - series[key][5:]) > 0.01).all(), fault
+    jumps = (still + 5 * (np.r_[0, 1 + np.arange(116) // 12][:, None, None, None] % 2)).astype(np.uint8)
+    seen = watch(np.roll(jumps, 8, 0), talk, picture)[1]
+    assert seen.border and max(seen.inside) == 0 < min(seen.border)
+
+
+def test_near_is_a_mean_of_ten_and_stops_at_the_ends():
+    values = np.arange(100.0)
+    assert [drift.near(values, k) for k in (0, 50, 99)] == [2.0, 49.5, 96.5]

@@ -1,0 +1,99 @@
+"""A long stream, measured while it flows by: lips, colour, sharpness, identity, and how much frames differ. A few numbers a chunk are kept.
+
+`talk` makes what it is to say, with exact truth all along; `watch` streams it; `series` and `near` say what has become of the picture.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from . import avatar, data, metrics
+from .data import RATE
+from .speech import Phone
+
+FPS = 16
+
+
+@dataclass
+class Talk:
+    """wave float32 (n,) at 16 kHz; the mouth's opening in every frame, truth (frames,); turns: [(begins, in seconds; whether somebody speaks)]."""
+    wave: np.ndarray
+    truth: np.ndarray
+    turns: list[tuple[float, bool]]
+
+    def speaking(self, second: float) -> bool:
+        return [speaks for begins, speaks in self.turns if begins <= second][-1]
+
+
+def talk(rng, words, frames: int, speak_s, listen_s) -> Talk:
+    """Turns of speech and of listening in alternation, for so many frames; words: `data.word_list` of a split; their lengths are drawn between two seconds."""
+    waves, phones, turns, t = [], [], [], 0.0
+    while t < frames / FPS:
+        speaks = len(turns) % 2 == 0
+        seconds = float(rng.uniform(*(speak_s if speaks else listen_s)))
+        n = int(seconds * RATE)
+        wave, said = data.talk(rng, words, seconds)[:2] if speaks else (np.zeros(n, np.float32), [Phone("sil", 0.0, seconds)])
+        turns.append((t, speaks))
+        waves.append(wave[:n])
+        phones += [Phone(x.symbol, x.start + t, min(x.end, n / RATE) + t) for x in said if x.start < n / RATE]
+        t += n / RATE
+    return Talk(np.concatenate(waves)[:frames * RATE // FPS], avatar.mouth_track(phones, frames, FPS)[:, 0], turns)
+
+
+@dataclass
+class Watched:
+    """What a stream showed. Per frame: opening, as the lip reader sees it. Per chunk: Lab colour, sharpness, face features, mean picture change
+    inside it, and across its beginning. kept: {chunk: its last picture}."""
+    opening: list[float] = field(default_factory=list)
+    colour: list[np.ndarray] = field(default_factory=list)
+    sharpness: list[float] = field(default_factory=list)
+    face: list[np.ndarray] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    border: list[float] = field(default_factory=list)
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def border_ratio(self) -> float:
+        """Picture change across chunk borders over that inside chunks, as `metrics.border_ratio`."""
+        return float(np.mean(self.border) / np.mean(self.inside))
+
+
+def watch(streamer, talk: Talk, clips, index: int, told, lips, face, keep=(), step: Callable = lambda: None) -> Watched:
+    """The first picture of clip `index` of `clips` says `talk`. told: prompts and image tokens (`conditions`); lips, face: `readers`; keep: chunks, from 1."""
+    picture, dim = clips.frames[index][0], streamer.dit.config.text_dim
+    text = {on: told.prompt(clips.meta[index]["style"], "speaking" if on else "listening", dim)[None] for on in (True, False)}
+    region = torch.from_numpy(data.box_map(clips.face[index][:1], picture.shape[0], picture.shape[0] // 16))
+    waves = (talk.wave[i:i + 4000] for i in range(0, len(talk.wave), 4000))
+    seen, last = Watched(), None
+    for k, out in enumerate(streamer.stream(picture, waves, text=text[True], image_tokens=told.tokens(first(picture)), audio_mask=region), 1):
+        streamer.set_text(text[talk.speaking((len(seen.opening) + len(out)) / FPS)])
+        video = data.to_float(out[None])
+        seen.opening += lips.read(video)[0, :, 0].tolist()
+        seen.colour.append(metrics.lab(out).mean(0))
+        seen.sharpness.append(metrics.sharpness(out).mean())
+        seen.face.append(face.features(video[0].movedim(1, 0)).mean(0).numpy())
+        seen.inside.append(np.abs(np.diff(out.astype(np.int16), axis=0)).mean())
+        if last is not None:
+            seen.border.append(np.abs(out[0].astype(np.int16) - last).mean())
+        last = out[-1]
+        if k in keep:
+            seen.kept[k] = last
+        step()
+    return seen
+
+
+def first(picture: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> float (1, 3, H, W)."""
+    return data.to_float(picture[None])[None, :, 0]
+
+
+def series(seen: Watched, picture: np.ndarray, face) -> dict[str, np.ndarray]:
+    """Distance to the picture chunk by chunk, (chunks,) each: in colour (Lab) and in face features; and sharpness as a share of its own."""
+    colour, sharpness, who = metrics.lab(picture[None])[0], metrics.sharpness(picture[None])[0], face.features(first(picture))[0].numpy()
+    return {"drift_color": np.linalg.norm(np.array(seen.colour) - colour, axis=1), "drift_sharpness": np.array(seen.sharpness) / sharpness,
+            "drift_identity": metrics.cosine_distance(np.array(seen.face), who)}
+
+
+def near(values: np.ndarray, k: int) -> float:
+    """Mean of up to ten chunks around chunk k."""
+    return float(values[max(0, k - 5):k + 5].mean())

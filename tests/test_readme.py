@@ -1,11 +1,27 @@
 """readme: the table of README.md says what reports/claims.json says, and nothing else of the text moves."""
 import pytest
 
-from tmlib import config, readme, report
+from tmlib import readme, report
 from tmlib.config import ROOT, UserError
 
-TEXT = f"before\n{readme.BEGIN}\nOf 3 claims 3 hold.\n\n| | claim | here | bar | verdict |\n|---|---|---|---|---|\n| C1 | lips | old | old | old |\n" \
-       f"| C9 | real-time | – | | not measured |\n{readme.END}\nafter | C1 | stays |\n"
+TEXT = """before
+<!-- claims:begin -->
+Of 3 claims 3 hold.
+
+| | claim | here | bar | verdict |
+|---|---|---|---|---|
+| C1 | lips | old | old | old |
+| C9 | real-time | – | | not measured |
+<!-- claims:end -->
+after | C1 | stays |
+<!-- ablations:begin -->
+| | words | lip r | Fréchet | border | identity |
+|---|---|---|---|---|---|
+| without_it | as it was | 1 | 2 | 3 | 4 |
+<!-- ablations:end -->
+end
+"""
+RUNS = {"without_it": {"lip_r": 0.8123, "frechet": 2.0, "border_ratio": 1.25, "stream_identity": 0.0312}, "more": {}}
 
 
 def judged(**numbers):
@@ -13,23 +29,26 @@ def judged(**numbers):
 
 
 def test_rows_are_filled_and_words_stay():
-    text = readme.filled(TEXT, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91))
+    text = readme.filled(TEXT, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91), RUNS)
     assert "| C1 | lips | lip r, sentences, voices (of espeak-ng) and faces unseen: 0.900 (0.880 to 0.910) | ≥ 0.850 | holds |" in text
     assert "| C9 | real-time | – |  | not measured: needs an H100-class GPU" in text
     assert f"\nOf {len(report.CLAIMS)} claims 1 hold, 0 fail, {len(report.CLAIMS) - 1} could not be measured.\n" in text
-    assert text.startswith("before\n") and text.endswith("after | C1 | stays |\n")
-    assert readme.filled(text, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91)) == text
-    assert "| fails |" in readme.filled(text, judged(lip_r=0.5))
+    assert "| without_it | as it was | 0.812 | 2.00 | 1.25 | 0.0312 |" in text
+    assert text.startswith("before\n") and "\nafter | C1 | stays |\n" in text and text.endswith("end\n")
+    assert readme.filled(text, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91), RUNS) == text
+    assert "| fails |" in readme.filled(text, judged(lip_r=0.5), RUNS)
 
 
 def test_a_row_without_a_claim_and_a_text_without_marks():
-    with pytest.raises(UserError, match="a row C1, reports/claims.json has not"):
-        readme.filled(TEXT, {})
-    with pytest.raises(UserError, match="the marks"):
-        readme.filled("no table", {})
+    with pytest.raises(UserError, match="the table of claims has a row C1, reports/ has not"):
+        readme.filled(TEXT, {}, RUNS)
+    with pytest.raises(UserError, match="the table of ablations has a row without_it"):
+        readme.filled(TEXT, judged(), {})
+    with pytest.raises(UserError, match="the marks <!-- claims:begin -->"):
+        readme.filled("no table", {}, {})
 
 
 def test_the_readme_says_what_was_measured():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == readme.filled(text, config.load_json(ROOT / "reports" / "claims.json")), "run `python -m tmlib.readme`"
+    assert text == readme.current(text), "run `python -m tmlib.readme`"
     assert all(f"| {name} |" in text for name in report.CLAIMS)

@@ -1,6 +1,6 @@
-"""README's claims table from reports/claims.json:  python -m tmlib.readme
+"""README's tables of claims and of ablations, from reports/:  python -m tmlib.readme
 
-The words of a row stay as somebody wrote them; measured value, bar and verdict are filled in, and how many hold. A test compares the two.
+The words of a row stay as somebody wrote them; measured values, bar and verdict are filled in, and how many claims hold. A test compares the two.
 """
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from .config import UserError, cli, load_json
 from .figures import shown
 from .report import SIGNS, beside, verdict
 
-BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+RUN = ("lip_r", "frechet", "border_ratio", "stream_identity")                 # of an ablation
 
 
 def cells(row: dict) -> tuple[str, str, str]:
@@ -27,24 +27,41 @@ def tally(claims: dict[str, dict]) -> str:
     return f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
 
 
-def filled(text: str, claims: dict[str, dict]) -> str:
-    """`text` with the last three cells of every row between the marks made anew; UserError for a row that no claim has."""
-    before, begin, rest = text.partition(BEGIN)
-    table, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"README.md: the marks {BEGIN} and {END} are missing; put them around the claims table")
+def numbers(run: dict) -> list[str]:
+    """An ablation's cells."""
+    return [shown(run[key]) for key in RUN]
+
+
+def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
+    """`text` with the cells behind the words of every row `| name | words | ...` between the marks of `block` made anew, of rows[name]; UserError for one that is not there."""
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    before, opened, rest = text.partition(begin)
+    table, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise UserError(f"README.md: the marks {begin} and {end} are missing; put them around the table of {block}")
 
     def row(found: re.Match) -> str:
-        if found[1] not in claims:
-            raise UserError(f"README.md: the claims table has a row {found[1]}, reports/claims.json has not; run `make repro`")
-        return f"| {found[1]} | {found[2]} | {' | '.join(cells(claims[found[1]]))} |"
-    table = re.sub(r"^Of \d+ claims .*$", tally(claims), table, flags=re.M)
-    return before + begin + re.sub(r"^\| ([CN]\d+) \| (.*?) \|.*$", row, table, flags=re.M) + end + after
+        if found[1] not in rows:
+            raise UserError(f"README.md: the table of {block} has a row {found[1]}, reports/ has not; run `make repro`")
+        return f"| {found[1]} | {found[2]} | {' | '.join(cells(rows[found[1]]))} |"
+    return before + begin + re.sub(r"^\| (\w+) \| (.*?) \|.*$", row, table, flags=re.M) + end + after
+
+
+def filled(text: str, claims: dict[str, dict], runs: dict[str, dict]) -> str:
+    """README's text with both tables and the tally made anew; claims: of claims.json; runs: of metrics/ablations."""
+    text = re.sub(r"^Of \d+ claims .*$", tally(claims), text, flags=re.M)
+    return refilled(refilled(text, "claims", claims, cells), "ablations", runs, numbers)
+
+
+def current(text: str) -> str:
+    """`filled` from this run's reports."""
+    runs = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")}
+    return filled(text, load_json(config.REPORTS / "claims.json"), runs)
 
 
 def main() -> None:
     path = Path(config.ROOT) / "README.md"
-    text = filled(path.read_text(encoding="utf-8"), load_json(config.REPORTS / "claims.json"))
+    text = current(path.read_text(encoding="utf-8"))
     with config.atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

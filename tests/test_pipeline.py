@@ -86,7 +86,7 @@ def test_second_run_does_nothing(house):
 @pytest.mark.slow
 def test_one_parameter_reruns_only_what_depends_on_it(house):
     params = house / "params.yaml"
-    before = replace(params, "regression_steps: 2\n    clips: 36", "regression_steps: 1\n    clips: 36")         # one ablation's
+    before = replace(params, "regression_steps: 2\n    dmd_steps: 0", "regression_steps: 1\n    dmd_steps: 0")         # one ablation's
     try:
         out = said(dvc(house, "repro"))
     finally:

@@ -32,7 +32,7 @@ def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
     memory = lambda batch, **how: sum(plan.training_memory(dit, 1, rows, columns, frames=frames, batch=batch, width=width, checkpointing=False,
                                                            **how).values()) / 1e9
     found = {}
-    for stage in ("base", "adaptation", "teacher"):
+    for stage in ("base", "adaptation", "teacher", "plain"):
         p = params[stage]
         batch, hears = p["batch"] * p["repeats"], p["drop_audio"] < 1
         found[stage] = (p["steps"], cost(passes["teacher" if hears else "adaptation"], batch), memory(batch))

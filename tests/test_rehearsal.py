@@ -89,6 +89,10 @@ def test_an_interruption_is_timed_until_silence():
     assert second["lines"] == [] and not second["right"] and second["reply_ms"] == 4000
     _, second = exchanges(call([line(10_000, 60, "Yes, of course. And so on.")], turns))
     assert second["interrupted_ms"] == 2000                                   # it talked on
+    _, second = exchanges(call([line(10_000, 14, "Yes, of course.")], turns))                # 1.5 s, the caller spoke after 1.25
+    assert "interrupted_ms" not in second, "over before the caller could be heard"
+    _, second = exchanges(call([line(10_000, 14, "Yes, of course."), line(24_000, 20, "And so on.")], turns))
+    assert second["interrupted_ms"] == 2000, "its second sentence went on"
 
 
 def test_a_caller_does_not_wait_for_ever_to_break_into_a_short_answer():

@@ -15,7 +15,7 @@ from .dialogue import split_words
 from .sound import FPS, FRAME, RATE
 
 LOUD = 0.01                                      # samples above this are heard
-PATIENCE_S, BROKE_S = 4.0, 2.0                   # a caller waits no longer for an answer; an interruption has failed
+PATIENCE_S, BROKE_S, OVER_S = 4.0, 2.0, 0.5      # a caller waits no longer for an answer; an interruption has failed; it was none, if the answer has ended by itself so soon
 
 
 @dataclass
@@ -106,6 +106,12 @@ def audible(wave: np.ndarray) -> tuple[int, int]:
     return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, len(wave))
 
 
+def talks(call: Call, second: float) -> bool:
+    """Whether one of the face's answers sounds at that second of the call."""
+    spans = [[seconds_of(call, x.start + n) for n in audible(x.wave)] for x in call.lines if x.text]
+    return any(begin is not None and begin <= second and (end is None or second < end) for begin, end in spans)
+
+
 def exchanges(call: Call) -> list[dict]:
     """Each turn with its answer: asked and answered (s), reply_ms and its parts, right, lines; interrupted_ms where it broke in. No answer counts
     as one after PATIENCE_S, a voice that talks on as silent after BROKE_S."""
@@ -128,7 +134,9 @@ def exchanges(call: Call) -> list[dict]:
         if turn.interrupts:
             spoke = begin + first / RATE
             ends = [seconds_of(call, x.stop + FADE) for x in call.lines if x.stop is not None]
-            row["interrupted_ms"] = 1000 * min((t - spoke for t in ends if t is not None and spoke <= t < spoke + BROKE_S), default=BROKE_S)
+            silent = min((t - spoke for t in ends if t is not None and spoke <= t < spoke + BROKE_S), default=BROKE_S)
+            if silent < BROKE_S or talks(call, spoke + OVER_S):
+                row["interrupted_ms"] = 1000 * silent                         # else the answer was over before the caller could be heard: nothing was interrupted
         out.append(row)
     return out
 

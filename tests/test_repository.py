@@ -27,7 +27,7 @@ ALLOWED = {
     "speakers": "", "recited": "", "engines": "speakers", "speech": "engines recited speakers", "identity": "", "portrait": "identity", "puppet": "identity portrait speech",
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention weights", "audio": "attention weights",
-    "losses": "flow", "readers": "attention hub weights", "data": "recited speech avatar", "demo": "data", "latents": "data ranks vae", "muon": "ranks", "unet": "flow layers ranks vae",
+    "losses": "flow", "readers": "attention hub weights", "data": "recited speech avatar", "demo": "data scales", "latents": "data ranks vae", "muon": "ranks", "unet": "flow layers ranks vae",
     "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit",
     "train": "chain latents losses muon flow ranks sampling",
@@ -35,7 +35,7 @@ ALLOWED = {
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit fast flow attention figures metrics placement plan sound stand_in stream", "capacity": "", "robustness": "avatar data speech evaluate metrics sampling latents", "recordings": "avatar media metrics speech", "recite": "dialogue recited recordings speech",
-    "figures": "", "measured": "", "drift": "avatar data metrics speech", "report": "measured metrics media figures", "readme": "figures report", "rivals": "media", "study": "media rivals",
+    "figures": "", "measured": "", "drift": "avatar data metrics speech", "report": "measured metrics media figures runs", "runs": "scales", "readme": "figures report runs", "rivals": "media", "study": "media rivals",
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }

@@ -3,7 +3,6 @@
 The copy is committed, so that a newcomer sees it talk before training anything. Refresh it seldom.
 """
 import shutil
-import subprocess
 
 import torch
 from PIL import Image
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from .config import DATA, METRICS, MODELS, ROOT, UserError, atomic, cli, load_json, save_json
 from .data import Clips
+from .scales import commit
 
 FILES = ("vae.safetensors", "speech.safetensors", "readers.safetensors", "dialogue.safetensors", *(f"student/{name}" for name in (
     "diffusion_pytorch_model.safetensors", "tm_audio.safetensors", "config.json", "tm_config.json", "stream.json")))
@@ -40,9 +40,8 @@ def main() -> None:
     test = Clips(DATA / "clips", "test")
     with atomic(DATA / "demo" / "face.png") as tmp:
         Image.fromarray(test.frames[test.examples()[0], 0]).save(tmp)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     numbers = {f"{file}_{key}": load_json(METRICS / f"{file}.json")[key] for file, keys in NUMBERS.items() for key in keys}
-    save_json(DATA / "demo" / "provenance.json", {"commit": commit, "precision": "float16", **numbers})
+    save_json(DATA / "demo" / "provenance.json", {"commit": commit(ROOT), "precision": "float16", **numbers})
     size = sum(p.stat().st_size for p in (DATA / "demo").rglob("*") if p.is_file())
     print(f"data/demo: {size / 1e6:.1f} MB")
 

@@ -5,7 +5,7 @@ The words of a row stay as somebody wrote them; measured values, bar and verdict
 import re
 from pathlib import Path
 
-from . import config
+from . import config, runs
 from .config import UserError, cli, load_json
 from .figures import shown
 from .report import SIGNS, beside, verdict
@@ -21,10 +21,14 @@ def cells(row: dict) -> tuple[str, str, str]:
     return f"{row['why'].partition(';')[0]}: {beside(row['value'], row['bar'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
 
 
-def tally(claims: dict[str, dict]) -> str:
-    """How many hold, in a sentence."""
+def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
+    """How many hold, and how that was in other runs, in a line."""
     held = [row["holds"] for row in claims.values()]
-    return f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
+    line = f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
+    for name, run in others.items():
+        changed = [f"{claim} {verdict(run[claim])}" for claim, row in claims.items() if claim in run and run[claim]["holds"] != row["holds"]]
+        line += f" In the run `{name}` " + ("every verdict is the same." if not changed else f"all verdicts are the same but these: {', '.join(changed)}.")
+    return line
 
 
 def numbers(run: dict) -> list[str]:
@@ -47,16 +51,16 @@ def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
     return before + begin + re.sub(r"^\| (\w+) \| (.*?) \|.*$", row, table, flags=re.M) + end + after
 
 
-def filled(text: str, claims: dict[str, dict], runs: dict[str, dict]) -> str:
-    """README's text with both tables and the tally made anew; claims: of claims.json; runs: of metrics/ablations."""
-    text = re.sub(r"^Of \d+ claims .*$", tally(claims), text, flags=re.M)
-    return refilled(refilled(text, "claims", claims, cells), "ablations", runs, numbers)
+def filled(text: str, claims: dict[str, dict], ablations: dict[str, dict], others: dict[str, dict] = {}) -> str:
+    """README's text with both tables and the tally made anew; claims: of claims.json; ablations: of metrics/ablations; others: of data/runs."""
+    text = re.sub(r"^Of \d+ claims .*$", tally(claims, others), text, flags=re.M)
+    return refilled(refilled(text, "claims", claims, cells), "ablations", ablations, numbers)
 
 
 def current(text: str) -> str:
     """`filled` from this run's reports."""
-    runs = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")}
-    return filled(text, load_json(config.REPORTS / "claims.json"), runs)
+    ablations = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")}
+    return filled(text, load_json(config.REPORTS / "claims.json"), ablations, runs.load(config.DATA / "runs"))
 
 
 def main() -> None:

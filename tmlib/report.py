@@ -1,5 +1,5 @@
 """From metrics to claims, tables, figures and one page. Nothing here runs a model: every number is read from a JSON file, of this run in
-reports/metrics or, for the full size, of real machines in data/measured.
+reports/metrics or, for the full size, of real machines in data/measured; what other runs found, beside it, from data/runs.
 
 CLAIMS, just below, is all that decides whether a claim holds: which number of which file, compared with what, and why that.
 A verdict is computed, never typed in; a claim that fails is shown as failed, one without its number as not measured.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import config, measured
+from . import config, measured, runs
 from .config import UserError, atomic
 from .figures import intervals, shown
 from .metrics import interval, paired
@@ -263,17 +263,17 @@ DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sha
 CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdict": "verdict", "reason": "why not measured"}
 
 
-def tables(metrics: dict[str, dict], verdicts: dict[str, dict]) -> dict[str, tuple]:
-    """The tables that metrics can fill: name -> (rows, headings)."""
+def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str, dict] = {}) -> dict[str, tuple]:
+    """The tables that metrics, and the claims of other runs, can fill: name -> (rows, headings)."""
     judged = [row | {"name": name, "verdict": verdict(row), "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
               | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
-    runs = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
+    models = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
     named = lambda n: f"{n.removeprefix('ablations/').replace('_', ' ')}, valid" if "/" in n else n               # they are made on validation clips
-    quality = [metrics[n] | {"name": named(n)} for n in runs]
+    quality = [metrics[n] | {"name": named(n)} for n in models]
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "drift": (drift if stream else [], DRIFT),
+    made = {"claims": (judged, CLAIM), "other_runs": runs.compared(verdicts, others, verdict) if others else ([], {}), "quality": (quality, QUALITY), "drift": (drift if stream else [], DRIFT),
             "latency": (times, {"name": "", "value": "local run"}),
             "latency_matrix": (metrics.get("latency_matrix", {}).get("rows", []), MATRIX),
             "full_size": (metrics.get("full_size", {}).get("rows", []), FULL)}
@@ -302,11 +302,11 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     reports, metrics = root / "reports", load_metrics(root)
     verdicts = claims(metrics)
     config.save_json(reports / "claims.json", verdicts)
-    filled = tables(metrics, verdicts)
+    filled = tables(metrics, verdicts, runs.load(root / "data" / "runs", but=[m.get("scale") for m in metrics.values()]))
     grids = {name: write_table(reports / "tables", name, *table) for name, table in filled.items()}
-    runs = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
-    if len(runs) > 1:
-        intervals([run for run in runs if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
+    lips = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
+    if len(lips) > 1:
+        intervals([run for run in lips if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
 

@@ -44,6 +44,15 @@ def _walk(root: Path) -> set[str]:
     return names
 
 
+def commit(root: Path) -> str:
+    """The commit that is checked out, "" without git; with "+" where tracked files differ from it."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
+    if not shutil.which("git"):
+        return ""
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def scaled_params(root: Path, scale: str) -> str:
     """The text of params.yaml at another scale: `scales.<scale>` written over the values (after `<<:` merges, so a section
     changes only where the overlay names it); a null in the overlay removes a key, say one ablation."""

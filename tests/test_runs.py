@@ -1,0 +1,62 @@
+"""runs: what another run found is copied whole, and stands beside this run's numbers. All numbers are made up, in throwaway folders."""
+
+import pytest
+
+from tmlib import config, readme, report, runs
+from tmlib.config import UserError
+
+
+def judged(r=0.9, **more):
+    return report.claims({"teacher": {"lip_r": r, "lip_r_lo": r - 0.01, "lip_r_hi": r + 0.01, "lip_r_shuffled": 0.01, "lip_offset_frames": 0, "scale": "mini", **more}})
+
+
+@pytest.fixture
+def root(tmp_path):
+    config.save_json(tmp_path / ".scales" / "seed_1" / "reports" / "claims.json", judged(0.8))
+    return tmp_path
+
+
+def test_a_run_is_kept_whole_and_says_where_it_is_from(root):
+    path = runs.keep("seed_1", root)
+    kept = config.load_json(path)
+    assert path == root / "data" / "runs" / "seed_1.json" and set(kept) == {*runs.ORIGIN, "claims"}
+    assert runs.load(path.parent) == {"seed_1": config.load_json(root / ".scales" / "seed_1" / "reports" / "claims.json")}
+    assert runs.load(path.parent, but=["seed_1"]) == runs.load(root / "nowhere") == {}
+
+
+def test_a_run_that_was_not_made_or_is_none_is_named(root):
+    with pytest.raises(UserError, match="make repro SCALE=seed_2"):
+        runs.keep("seed_2", root)
+    config.save_json(root / "data" / "runs" / "other.json", {"a": 1})
+    with pytest.raises(UserError, match="other.json: not written by tmlib.runs"):
+        runs.load(root / "data" / "runs")
+
+
+def test_each_bar_has_a_row_with_every_run(tmp_path):
+    here, there = judged(0.9), judged(0.8)
+    del there["N3"], there["C1"]["parts"][1]                            # older than this run's claims
+    rows, headings = runs.compared(here, {"seed_1": there}, report.verdict)
+    assert len(rows) == sum(len(claim.bars) for claim in report.CLAIMS.values())
+    assert rows[0] == {"name": "C1", "metric": "teacher:lip_r", "here": 0.9, "here_lo": 0.89, "here_hi": 0.91, "here_verdict": "holds",
+                       "seed_1": 0.8, "seed_1_lo": pytest.approx(0.79), "seed_1_hi": pytest.approx(0.81), "seed_1_verdict": "fails"}
+    assert rows[1]["here"] == 0.01 and rows[1]["seed_1"] is None and rows[-1]["seed_1_verdict"] is None
+    grid = report.write_table(tmp_path, "other_runs", rows, headings)
+    assert grid[:2] == [["", "number", "here", "verdict", "seed 1", "verdict"], ["C1", "teacher:lip_r", "0.900 [0.890, 0.910]", "holds", "0.800 [0.790, 0.810]", "fails"]]
+
+
+def test_the_report_shows_other_runs_and_not_itself(root):
+    runs.keep("seed_1", root)
+    teacher = {"scale": "mini", "seed": 0, "lip_r": 0.9}
+    config.save_json(root / "reports" / "metrics" / "teacher.json", teacher)
+    report.build(root)
+    assert "Other runs" in (root / "reports" / "index.html").read_text() and "seed 1" in (root / "reports" / "README.md").read_text()
+    (root / "reports" / "tables" / "other_runs.md").unlink()
+    config.save_json(root / "reports" / "metrics" / "teacher.json", teacher | {"scale": "seed_1"})
+    report.build(root)
+    assert "Other runs" not in (root / "reports" / "index.html").read_text() and not (root / "reports" / "tables" / "other_runs.md").exists()
+
+
+def test_readme_says_which_verdicts_differ():
+    same, other = judged(0.9), judged(0.8)
+    assert readme.tally(same, {"seed_1": same}).endswith("In the run `seed_1` every verdict is the same.")
+    assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1` all verdicts are the same but these: C1 fails.")

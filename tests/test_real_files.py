@@ -95,7 +95,7 @@ def test_what_is_public_is_linked_and_what_is_unusable_is_told(run):
 def test_what_was_measured_is_a_number(run):
     metrics = {p.stem: read(run, p) for p in (run / "reports" / "metrics").glob("*.json")}
     assert set(metrics) == {"data", "codec", "speech", "readers", "base", "adaptation", "teacher", "student", "streaming", "latency", "latency_matrix",
-                            "robustness", "other_teacher", "dialogue", "conversation"}
+                            "robustness", "other_teacher", "dialogue", "conversation", "plain"}
     assert {m["scale"] for m in metrics.values()} == {"trial"}
     for name in ("teacher", "student"):
         m = metrics[name]

@@ -116,10 +116,14 @@ def test_scores_compare_the_mouth_with_what_the_face_says():
     perfect = SimpleNamespace(read=lambda video: None)
     shown = iter([true])
     perfect.read = lambda video: __import__("torch").from_numpy(next(shown)[:, None])[None]
-    numbers, read, truth = rehearsal.scores(made, perfect)
+    read, truth = rehearsal.lips(made, perfect)
+    numbers = rehearsal.scores([made], [(read, truth)])
     assert np.array_equal(read, truth) and numbers["lip_r"] == pytest.approx(1.0) and numbers["turns"] == 2 and numbers["late"] == 0.01
     assert numbers["listening_opening_mean"] == pytest.approx(0, abs=0.02) and numbers["right_live"] == 0.5
     assert numbers["reply_ms_p95_lo"] <= numbers["reply_ms_p95"] <= numbers["reply_ms_p95_hi"]
+    both = rehearsal.scores([made, made], 2 * [(read, truth)])
+    assert both["n"] == 2 * numbers["n"] and both["seconds"] == 2 * numbers["seconds"]
+    assert all(both[key] == pytest.approx(numbers[key]) for key in ("late", "lip_r", "listening_opening_mean", "right_live", "reply_ms_p50"))
 
 
 def test_a_call_in_real_time():

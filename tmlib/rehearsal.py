@@ -11,7 +11,7 @@ import numpy as np
 from . import avatar, metrics, speech
 from .config import Progress, UserError
 from .conversation import FADE, LINES
-from .dialogue import split_words
+from .dialogue import MEMORY, split_words
 from .sound import FPS, FRAME, RATE
 
 LOUD = 0.01                                      # samples above this are heard
@@ -161,23 +161,28 @@ def lips(call: Call, reader) -> tuple[np.ndarray, np.ndarray]:
     return read, truth(call)[np.array(call.number)[shown]]
 
 
-def scores(call: Call, reader) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Numbers of a call, and the mouth's opening read and true (n,)."""
-    rows, (read, true) = exchanges(call), lips(call, reader)
-    spans = [(x.start // FRAME, -(-x.end // FRAME)) for x in call.lines if x.text]
-    r = np.array([metrics.pearson(read[a:b], true[a:b]) for a, b in spans if b - a >= 8 and b <= len(read)])
-    listening = np.ones(len(read), bool)
-    for a, b in spans:
-        listening[max(a - 6, 0):b + 6] = False
-    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": len(call.frames) / FPS,
-               "late": call.late / len(call.frames), "listening_opening_mean": float(read[listening].mean()) if listening.any() else None}
-    numbers |= metrics.interval("right_live", np.array([float(x["right"]) for x in rows])) | (metrics.interval("lip_r", r) if len(r) else {})
+def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Numbers of some calls together; tracks: of each its `lips`."""
+    rows, r, quiet = [row for call in calls for row in exchanges(call)], [], []
+    for call, (read, true) in zip(calls, tracks):
+        spans = [(x.start // FRAME, -(-x.end // FRAME)) for x in call.lines if x.text]
+        r += [metrics.pearson(read[a:b], true[a:b]) for a, b in spans if b - a >= 8 and b <= len(read)]
+        listening = np.ones(len(read), bool)
+        for a, b in spans:
+            listening[max(a - 6, 0):b + 6] = False
+        quiet.append(read[listening])
+    quiet, frames = np.concatenate(quiet), sum(len(call.frames) for call in calls)
+    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": frames / FPS,
+               "late": sum(call.late for call in calls) / frames, "listening_opening_mean": float(quiet.mean()) if len(quiet) else None}
+    scripts = range(0, len(rows), MEMORY)                                     # exchanges of one script share a memory
+    right, asked = (np.add.reduceat(x, scripts) for x in (np.array([float(x["right"]) for x in rows]), np.ones(len(rows))))
+    numbers |= dict(zip(("right_live", "right_live_lo", "right_live_hi"), metrics.bootstrap_ratio(right, asked))) | (metrics.interval("lip_r", np.array(r)) if r else {})
     for name in ("reply_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}
     if numbers["interruptions"]:
         numbers["interrupted_ms_max"] = max(x.get("interrupted_ms", 0.0) for x in rows)
-    return numbers, read, true
+    return numbers
 
 
 def percentile(name: str, values: np.ndarray, q: float, n: int = 2000, seed: int = 0) -> dict[str, float]:

@@ -135,6 +135,23 @@ def test_cache_shows_what_its_mask_allows(mask, want):
     assert places == [[], [0, 1, 2], *([0, 1, 2] if mask == "first" else [3 * c - 3, 3 * c - 2, 3 * c - 1] for c in (2, 3, 4))]
 
 
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_a_mask_that_needs_more_than_the_cache_holds_is_refused(mask):
+    with pytest.raises(UserError, match=f"'{mask}' is none that a stream can keep"):
+        att.KVCache(1, 1, 1, 3, 4, chunk=3, mask=mask)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_cache_goes_back_to_where_it_was_saved(chunks):
+    """Chunk 0 is not copied: nothing writes over it."""
+    cache = att.KVCache(1, 1, 1, 3, 4, chunk=3)
+    for c in range(chunks):
+        fill(cache, 10 * c)
+    saved, want = cache.saved(), [x.clone() for x in fill(cache, 1000)[0]]
+    fill(cache, 77), cache.restore(saved)
+    assert cache.filled == chunks and all(map(torch.equal, fill(cache, 1000)[0], want))
+
+
 def test_pairs_turn_the_same_whichever_way():
     torch.manual_seed(0)
     x, table = torch.randn(2, 3, 12, 16), att.rope_table(range(3), 2, 2, 16)
@@ -193,5 +210,3 @@ def test_memo_follows_the_tensor_and_stays_small():
     n = len(calls)
     cache.remember("text", text, compute)                                               # gradients on: never reused
     assert len(calls) == n + 1
-    cache.reset()
-    assert cache.memo == {} and cache.filled == 0

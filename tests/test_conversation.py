@@ -213,6 +213,25 @@ def test_an_interruption_fades_and_the_partner_learns_what_was_heard():
     assert show(c, 40)[1].any()                                               # and the next answer is said
 
 
+def test_a_caller_who_breaks_in_while_chunks_are_taken_back_is_not_talked_over():
+    """What an overlapping stage was given too early comes back, but not once its answer is over."""
+    c = talk(placement="overlap")
+    show(c, 30)
+    c.to_say += [conversation.Line(WAVE[:3000], 0, "first"), conversation.Line(WAVE[:3000], 0, "second")]
+    c.more, rewind = True, c.streamer.rewind
+
+    def interrupted(at):
+        c.hear(BEGIN)
+        return rewind(at)
+
+    while c.sample <= c.next * FRAME or not any(x.text == "second" for x in c.lines):
+        show(c, 1)
+    c.interrupted, c.streamer.rewind = True, interrupted
+    c.make()
+    assert not [x.text for x in c.to_say if x.text]
+    c.close()
+
+
 def test_who_speaks_on_is_not_answered_twice():
     c = talk(utterance(SAID))
     show(c, 3)

@@ -120,6 +120,24 @@ def test_pairs_are_the_teachers_solutions(dit, latents, tmp_path):
     assert all(torch.equal(v, pairs[k]) for k, v in again.items()) and path.exists()
 
 
+def test_a_killed_solution_goes_on_with_the_batch_that_is_missing(dit, latents, tmp_path, monkeypatch):
+    p, whole = distillation(pairs=6, batch=2), distill.solve(dit, latents, distillation(pairs=6, batch=2), tmp_path / "whole" / "pairs.safetensors")
+    solved, asked = sampling.teacher, []
+
+    def dying(teacher, batch, *rest):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(batch))
+        return solved(teacher, batch, *rest)
+
+    monkeypatch.setattr(sampling, "teacher", dying)
+    with pytest.raises(KeyboardInterrupt):
+        distill.solve(dit, latents, p, tmp_path / "cut" / "pairs.safetensors")
+    asked.clear()
+    again = distill.solve(dit, latents, p, tmp_path / "cut" / "pairs.safetensors")
+    assert asked == [2] and all(torch.equal(v, whole[k]) for k, v in again.items())
+
+
 def test_missing_or_broken_pairs_say_so(tmp_path):
     with pytest.raises(UserError, match="pairs.safetensors is missing"):
         distill.load_pairs(tmp_path / "pairs.safetensors")

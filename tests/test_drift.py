@@ -75,6 +75,28 @@ def test_a_still_picture_goes_nowhere_and_every_fault_shows(talk):
     assert seen.border and max(seen.inside) == 0 < min(seen.border)
 
 
+TURNS = [(0.0, True), (3.0, False), (6.0, True), (9.0, False)]              # of a stream of twelve seconds
+
+
+def spoken(late=0):
+    """Mouths (192,) that open and shut in speech, and rest between, `late` frames behind."""
+    truth = np.where(np.arange(192) // 48 % 2 == 0, 0.5 + 0.45 * np.sin(np.arange(192) * 1.3), 0.0)
+    return truth, np.r_[np.zeros(late), truth[:192 - late]]
+
+
+@pytest.mark.parametrize("late", [0, 3, 10])
+def test_a_mouth_that_follows_is_as_late_as_it_is(late):
+    found = drift.toggles(*spoken(late)[::-1], TURNS)
+    assert found["toggle_close_frames"] == pytest.approx(late, abs=2) and found["toggle_open_frames"] == pytest.approx(late, abs=2)
+
+
+@pytest.mark.parametrize("mouth", ["babbling", "shut", "open"])
+def test_a_mouth_that_does_not_hear_turns_late(mouth):
+    truth, _ = spoken()
+    opening = {"babbling": data.babble(np.random.default_rng(0), 192)[:, 0], "shut": np.zeros(192), "open": np.full(192, 0.5)}[mouth]
+    assert drift.toggles(opening, truth, TURNS)["toggle_latency_frames"] > 12
+
+
 def test_near_is_a_mean_of_ten_and_stops_at_the_ends():
     values = np.arange(100.0)
     assert [drift.near(values, k) for k in (0, 50, 99)] == [2.0, 49.5, 96.5]

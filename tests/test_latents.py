@@ -42,13 +42,13 @@ def test_repeat_and_pick(batch):
     assert len(batch) == 4 and len(thrice) == 12
     for name, v in tensors(thrice).items():
         assert all(torch.equal(v[3 * i + j], tensors(batch)[name][i]) for i in range(4) for j in range(3)), name
-    assert all(torch.equal(v, tensors(batch)[k][[2, 0]]) for k, v in tensors(batch.pick([2, 0])).items())
+    assert all(torch.equal(v, tensors(batch)[k][[2, 0]]) for k, v in tensors(batch.each(lambda v: v[[2, 0]])).items())
 
 
 def test_silent_hears_nothing_and_keeps_the_rest(batch):
     silent = batch.silent()
     assert silent.audio is None and batch.audio is not None
-    assert silent.repeat(2).audio is None and silent.pick([0]).to("cpu").audio is None
+    assert silent.repeat(2).audio is None and silent.each(lambda v: v[[0]]).to("cpu").audio is None
     assert all(torch.equal(v, tensors(batch)[k]) for k, v in tensors(silent).items())
     assert silent.conditions()["audio"] is None and silent.keep(text=torch.ones(len(silent)) > 0).audio is None
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tmlib import config, measured, report
+from tmlib import claims, config, measured, report
 from tmlib.config import UserError
 
 BF16, FP8 = "qkv+attention+compile+graphs", "qkv+attention+compile+graphs+fp8"
@@ -61,7 +61,7 @@ def test_another_file_gets_one_line(tmp_path, text):
 
 def test_the_report_has_the_row_and_its_provenance(tmp_path):
     config.save_json(tmp_path / "reports" / "metrics" / "teacher.json", {"scale": "mini"})
-    assert "full_size" not in report.load_metrics(tmp_path)
+    assert "full_size" not in claims.load_metrics(tmp_path)
     write(tmp_path, [call(row(3, 2, BF16, 450.0, **PAIR), row(7, 4, BF16, 2500.0, serial_fps=10.5))])
     report.build(tmp_path)
     claim = json.loads((tmp_path / "reports" / "claims.json").read_text())["C9"]
@@ -70,4 +70,4 @@ def test_the_report_has_the_row_and_its_provenance(tmp_path):
     assert "3 x 2" in table and "Made-up GPU" in table and "2026-01-01" in table and "c0ffee" in table and "24.0" in table and "overlap" in table
     assert "Made-up GPU" in (tmp_path / "reports" / "index.html").read_text()
     write(tmp_path, [call(row(3, 2, BF16, 450.0))])
-    assert "DiT alone" in report.claims(report.load_metrics(tmp_path))["C9"]["reason"]
+    assert "DiT alone" in claims.judge(claims.load_metrics(tmp_path))["C9"]["reason"]

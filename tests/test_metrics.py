@@ -43,6 +43,29 @@ def test_bootstrap(rng):
     assert metrics.interval("x", np.array([1.0, 1.0])) == {"x": 1, "x_lo": 1, "x_hi": 1}
 
 
+def test_what_is_drawn_together_counts_together(rng):
+    """Clips of one voice resemble one another: as many voices as draws, however many clips."""
+    voices = rng.normal(0, 1, 30)
+    alone, groups = metrics.bootstrap(voices), np.repeat(np.arange(30), 20)
+    assert metrics.bootstrap(np.repeat(voices, 20), groups) == pytest.approx(alone)
+    _, lo, hi = metrics.bootstrap(np.repeat(voices, 20))
+    assert hi - lo < 0.4 * (alone[2] - alone[1])
+    drawn = metrics.resampled(5, ["a", "b", "a", "b", "b"], n=50)
+    assert drawn.shape == (50, 5) and (drawn[:, 0] == drawn[:, 2]).all() and (drawn[:, [0, 1]].sum(1) == 2).all()
+    assert np.array_equal(metrics.resampled(4, ["one"] * 4), metrics.resampled(4))          # of a single voice: its clips
+
+
+def test_jackknife(rng):
+    """Of a mean it is the textbook's interval; of a Fréchet distance it lies around the number itself."""
+    x = rng.normal(3, 1, 50)
+    found = metrics.jackknife("x", x.mean(), metrics.left_out(lambda some: x[some].mean(), np.arange(50)))
+    assert found["x"] == x.mean() and found["x_hi"] - found["x"] == pytest.approx(1.96 * x.std(ddof=1) / np.sqrt(50)) == found["x"] - found["x_lo"]
+    a, b = rng.normal(0, 1, (40, 30, 3)), rng.normal(0.2, 1, (40, 30, 3))
+    far = lambda some: metrics.frechet(a[some].reshape(-1, 3), b[some].reshape(-1, 3))
+    found = metrics.jackknife("f", far(np.arange(40)), metrics.left_out(far, np.repeat(np.arange(20), 2)))
+    assert 0 < found["f_lo"] < 0.12 < found["f_hi"] < 0.25
+
+
 def test_bootstrap_ratio(rng):
     bottom = rng.uniform(1, 3, 30)
     assert metrics.bootstrap_ratio(2 * bottom, bottom) == pytest.approx((2, 2, 2))          # the same clips, top and bottom

@@ -46,6 +46,14 @@ def test_parameters_and_checks(house):
         notebook.check(source, {"overrides": {"stepz": 3}})
 
 
+def test_code_is_known_whatever_the_words(house):
+    plain = notebook.code_of(write(house / "a.ipynb"))
+    page = json.loads((house / "a.ipynb").read_text())
+    words = {"cell_type": "markdown", "id": "w", "metadata": {}, "source": "other words"}
+    (house / "b.ipynb").write_text(json.dumps({**page, "cells": [words, *page["cells"]]}))
+    assert notebook.code_of(house / "b.ipynb") == plain != notebook.code_of(write(house / "c.ipynb", first="section = 'base'"))
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda path: path.unlink(), "no such notebook"),
     (lambda path: path.write_text("{"), "not a notebook"),

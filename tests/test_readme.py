@@ -1,7 +1,7 @@
 """readme: the table of README.md says what reports/claims.json says, and nothing else of the text moves."""
 import pytest
 
-from tmlib import readme, report
+from tmlib import claims, readme
 from tmlib.config import ROOT, UserError
 
 TEXT = """before
@@ -25,14 +25,14 @@ RUNS = {"without_it": {"lip_r": 0.8123, "frechet": 2.0, "border_ratio": 1.25, "s
 
 
 def judged(**numbers):
-    return report.claims({"teacher": {"lip_r_shuffled": 0.01, "lip_offset_frames": 0, "scale": "mini", **numbers}})
+    return claims.judge({"teacher": {"lip_r_shuffled": 0.01, "lip_offset_frames": 0, "scale": "mini", **numbers}})
 
 
 def test_rows_are_filled_and_words_stay():
     text = readme.filled(TEXT, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91), RUNS)
     assert "| C1 | lips | lip r, sentences, voices (of espeak-ng) and faces unseen: 0.900 (0.880 to 0.910) | ≥ 0.850 | holds |" in text
     assert "| C9 | real-time | – |  | not measured: needs an H100-class GPU" in text
-    assert f"\nOf {len(report.CLAIMS)} claims 1 hold, 0 fail, {len(report.CLAIMS) - 1} could not be measured.\n" in text
+    assert f"\nOf {len(claims.CLAIMS)} claims 1 hold, 0 fail, {len(claims.CLAIMS) - 1} could not be measured.\n" in text
     assert "| without_it | as it was | 0.812 | 2.00 | 1.25 | 0.0312 |" in text
     assert text.startswith("before\n") and "\nafter | C1 | stays |\n" in text and text.endswith("end\n")
     assert readme.filled(text, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91), RUNS) == text
@@ -51,4 +51,4 @@ def test_a_row_without_a_claim_and_a_text_without_marks():
 def test_the_readme_says_what_was_measured():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == readme.current(text), "run `python -m tmlib.readme`"
-    assert all(f"| {name} |" in text for name in report.CLAIMS)
+    assert all(f"| {name} |" in text for name in claims.CLAIMS)

@@ -122,8 +122,15 @@ def test_scores_compare_the_mouth_with_what_the_face_says():
     assert numbers["listening_opening_mean"] == pytest.approx(0, abs=0.02) and numbers["right_live"] == 0.5
     assert numbers["reply_ms_p95_lo"] <= numbers["reply_ms_p95"] <= numbers["reply_ms_p95_hi"]
     both = rehearsal.scores([made, made], 2 * [(read, truth)])
-    assert both["n"] == 2 * numbers["n"] and both["seconds"] == 2 * numbers["seconds"]
+    assert both["n"] == 2 * numbers["n"] and both["seconds"] == 2 * numbers["seconds"] and both["turns"] == 2, "in each call"
     assert all(both[key] == pytest.approx(numbers[key]) for key in ("late", "lip_r", "listening_opening_mean", "right_live", "reply_ms_p50"))
+
+
+def test_a_player_that_is_held_up_is_late_too():
+    made = call([], [], n=50)
+    assert rehearsal.late(made) == 0 == rehearsal.late(call([], [], n=50)) and rehearsal.late(call([], [], n=50, held=(7, 8))) == 2
+    made.at[20:25] = [26 / 16] * 5                                            # frames 20 to 24 in one go, once the machine has time again
+    assert rehearsal.late(made) == 5
 
 
 def test_a_call_in_real_time():

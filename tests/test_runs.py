@@ -2,24 +2,25 @@
 
 import pytest
 
-from tmlib import config, readme, report, runs
+from tmlib import claims, config, readme, report, runs
 from tmlib.config import UserError
 
 
 def judged(r=0.9, **more):
-    return report.claims({"teacher": {"lip_r": r, "lip_r_lo": r - 0.01, "lip_r_hi": r + 0.01, "lip_r_shuffled": 0.01, "lip_offset_frames": 0, "scale": "mini", **more}})
+    return claims.judge({"teacher": {"lip_r": r, "lip_r_lo": r - 0.01, "lip_r_hi": r + 0.01, "lip_r_shuffled": 0.01, "lip_offset_frames": 0, "scale": "mini", **more}})
 
 
 @pytest.fixture
 def root(tmp_path):
     config.save_json(tmp_path / ".scales" / "seed_1" / "reports" / "claims.json", judged(0.8))
+    (tmp_path / ".scales" / "seed_1" / ".commit").write_text("c0ffee")
     return tmp_path
 
 
 def test_a_run_is_kept_whole_and_says_where_it_is_from(root):
     path = runs.keep("seed_1", root)
     kept = config.load_json(path)
-    assert path == root / "data" / "runs" / "seed_1.json" and set(kept) == {*runs.ORIGIN, "claims"}
+    assert path == root / "data" / "runs" / "seed_1.json" and set(kept) == {*runs.ORIGIN, "claims"} and kept["commit"] == "c0ffee"
     assert runs.load(path.parent) == {"seed_1": config.load_json(root / ".scales" / "seed_1" / "reports" / "claims.json")}
     assert runs.load(path.parent, but=["seed_1"]) == runs.load(root / "nowhere") == {}
 
@@ -35,8 +36,8 @@ def test_a_run_that_was_not_made_or_is_none_is_named(root):
 def test_each_bar_has_a_row_with_every_run(tmp_path):
     here, there = judged(0.9), judged(0.8)
     del there["N3"], there["C1"]["parts"][1]                            # older than this run's claims
-    rows, headings = runs.compared(here, {"seed_1": there}, report.verdict)
-    assert len(rows) == sum(len(claim.bars) for claim in report.CLAIMS.values())
+    rows, headings = runs.compared(here, {"seed_1": there})
+    assert len(rows) == sum(len(claim.bars) for claim in claims.CLAIMS.values())
     assert rows[0] == {"name": "C1", "metric": "teacher:lip_r", "here": 0.9, "here_lo": 0.89, "here_hi": 0.91, "here_verdict": "holds",
                        "seed_1": 0.8, "seed_1_lo": pytest.approx(0.79), "seed_1_hi": pytest.approx(0.81), "seed_1_verdict": "fails"}
     assert rows[1]["here"] == 0.01 and rows[1]["seed_1"] is None and rows[-1]["seed_1_verdict"] is None

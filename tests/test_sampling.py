@@ -59,7 +59,7 @@ def test_teacher_by_hand(dit, batch):
         null = run(dit, batch, x, at, audio=torch.zeros_like(batch.audio))
         x = x + (after - t) / 1000 * (null + 2 * (run(dit, batch, x, at) - null))
     close(got, x)
-    alone = sampling.teacher(dit, batch.pick([1]), noise[1:2], 3, 2.0, 2.0)
+    alone = sampling.teacher(dit, batch.each(lambda v: v[[1]]), noise[1:2], 3, 2.0, 2.0)
     close(alone, got[1:2])
 
 
@@ -72,5 +72,5 @@ def test_student_does_not_depend_on_its_batch(dit, batch, cache):
     close(together, chain.rollout(dit, batch.cond, timesteps=flow.timesteps(2, 3.0), chunk=3, cache=cache, noise=fresh.__getitem__,
                                    **batch.conditions()))
     for i in range(3):
-        close(sampling.student(dit, batch.pick([i]), [7 + i], p), together[i:i + 1])
+        close(sampling.student(dit, batch.each(lambda v: v[[i]]), [7 + i], p), together[i:i + 1])
     assert (sampling.student(dit, batch, [7, 8, 10], p) - together)[2].abs().max() > 1e-3

@@ -41,7 +41,7 @@ def tree(root, git):
     return root
 
 
-EXPECTED = {".gitignore", ".mirrored", ".dvc/config", "dvc.yaml", "tmlib/config.py", "data/words.txt", "new.py", "params.yaml"}
+EXPECTED = {".gitignore", ".mirrored", ".commit", ".dvc/config", "dvc.yaml", "tmlib/config.py", "data/words.txt", "new.py", "params.yaml"}
 
 
 def contents(folder):

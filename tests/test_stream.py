@@ -2,6 +2,7 @@
 import gc
 import itertools
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +116,11 @@ def test_bad_input_gets_one_line():
         assert line in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="placement 'cloud' is unknown; choose one of serial, overlap"):
         Streamer(make_dit(), FakeVAE(), FakeEars(), placement="cloud")
+    ears = FakeEars()
+    ears.cfg = SimpleNamespace(group=2)
+    with pytest.raises(UserError, match=r"hears 2 latent frames at a time, and chunks of 3 .* `load_speech\(folder, 3\)`"):
+        Streamer(make_dit(), FakeVAE(), ears)
+    Streamer(make_dit(), FakeVAE(), ears, chunk=4)
 
 
 def test_chunks_know_their_place_in_time():

@@ -50,7 +50,7 @@ def fake_key(clips=12, seed=0):
     names = [(f"{rng.getrandbits(64):016x}", n >= clips) for n in range(clips + checks)]
     order = lambda check: rng.sample(["true", "reversed"] if check else ["ours", "theirs"], 2)
     return {"page": {"study": "5" * 16, "rule": study.rule(checks), "questions": study.QUESTIONS, "trials": [{"id": n, "files": []} for n, _ in names]},
-            "trials": {n: {"clip": n, "left": order(check), "check": check} for n, check in names}, "against": "undistilled"}
+            "trials": {n: {"clip": n, "left": order(check), "check": check} for n, check in names}, "against": "undistilled", "scale": "mini"}
 
 
 def put(folder, key, ballots):
@@ -278,9 +278,18 @@ def test_what_people_prefer_is_what_is_counted(root, tmp_path, capsys):
     assert "too few: N3 asks for 10 voters" in capsys.readouterr().out
 
 
+def test_votes_on_others_videos_are_no_evidence_for_the_claim(root, tmp_path, capsys):
+    key, rng = fake_key(), random.Random(1)
+    del key["scale"]
+    folder, files = put(tmp_path, key, [vote(key, n, rng, attentive(rng)) for n in range(3)])
+    assert study.main(["count", str(folder), *map(str, files)]) == 0
+    assert json.loads((tmp_path / "s.counted.json").read_text())["voters"] == 3 and not (root / "reports").exists()
+    assert "N3" not in capsys.readouterr().out
+
+
 def test_ten_voters_are_needed_for_the_claim():
-    from tmlib import report
-    judged = lambda voters: report.claims({"user_study": {"preference": 0.9, "preference_lo": 0.8, "preference_hi": 0.95, "voters": voters}})["N3"]
+    from tmlib import claims
+    judged = lambda voters: claims.judge({"user_study": {"preference": 0.9, "preference_lo": 0.8, "preference_hi": 0.95, "voters": voters}})["N3"]
     assert judged(10)["holds"] is True and judged(9)["holds"] is False
     assert judged(9)["metric"] == "user_study:voters"
 

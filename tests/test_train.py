@@ -268,6 +268,13 @@ def test_state_folder_is_keyed_by_parameters_and_inputs(tmp_path):
     assert train.state_folder("codec", {"lr": 1}, tmp_path / "x") != a
 
 
+def test_another_notebook_begins_anew(monkeypatch):
+    """Losses live in notebooks."""
+    before = train.state_folder("codec", {})
+    monkeypatch.setenv("TM_NOTEBOOK", "its code's hash")
+    assert train.state_folder("codec", {}) != before
+
+
 def test_generators_depend_on_their_key_alone():
     draw = lambda *key: torch.randn(4, generator=generator(*key)).tolist()
     assert draw(0, 1, "a") == draw(0, 1, "a")

@@ -94,7 +94,6 @@ def test_quiet_windows_are_made_no_louder_than_asked(net):
 def test_the_clock_is_that_of_the_miniature(net, clock):
     ours, theirs = Wav2VecEncoder(net, Wav2VecConfig(**clock)), SpeechEncoder(SpeechConfig(dim=8, hidden=8, layers=1, mels=8, **clock))
     assert torch.equal(ours.times(0, 9), theirs.times(0, 9)) and ours.tokens_per_latent == theirs.tokens_per_latent
-    assert ours.null(4).shape == (4, ours.tokens_per_latent, ours.dim) and not ours.null(4).any()
 
 
 @pytest.mark.parametrize("shape", NETS[:2], ids=str)

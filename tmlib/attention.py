@@ -97,6 +97,7 @@ def previous(q, k):
     return (k == q - 1) | (k == q)
 
 
+STREAMED = ("sparse_causal", "first", "previous")
 MASKS = {"bidirectional": bidirectional, "causal": causal, "sparse_causal": sparse_causal, "first": first, "previous": previous}
 
 
@@ -163,6 +164,8 @@ class KVCache:
     """
 
     def __init__(self, layers, batch, heads, tokens, head_dim, chunk, window=WINDOW, device=None, dtype=None, memo=None, mask="sparse_causal"):
+        if mask not in STREAMED:
+            raise UserError(f"attention mask {mask!r} is none that a stream can keep, whose cache holds chunk 0 and the previous one; choose one of {', '.join(STREAMED)}")
         self.sees = predicate(mask)
         self.k = torch.zeros(layers, batch, heads, 2, tokens, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -230,7 +233,12 @@ class KVCache:
         del entries[:-keep]
         return entries[-1][1]
 
-    def reset(self):
-        """Forget everything, keep the buffers."""
-        self.filled = 0
-        self.memo.clear()
+    def saved(self):
+        """A copy of what may still change: how many chunks were written, and slot 1. Chunk 0 stays where it is."""
+        return self.filled, [x[:, :, :, 1].clone() for x in (self.k, self.v)] if self.filled > 1 else []
+
+    def restore(self, saved):
+        """Back to where `saved` was called."""
+        self.filled, slots = saved
+        for x, slot in zip((self.k, self.v), slots):
+            x[:, :, :, 1].copy_(slot)

@@ -134,10 +134,6 @@ class SpeechEncoder(nn.Module):
         a, b = feats[(left - lo).long()], feats[(left - lo + 1).long()]
         return torch.lerp(a, b, (place - left).float()[..., None])            # (n, tokens, dim)
 
-    def null(self, n: int) -> Tensor:
-        """The absent condition of classifier-free guidance: zeros, which no sound gives."""
-        return torch.zeros(n, self.tokens_per_latent, self.cfg.dim, device=self.head.weight.device)
-
 
 def cut(wave, lo: int, hi: int) -> Tensor:
     """Samples [lo, hi) of a waveform, zeros where it has none."""

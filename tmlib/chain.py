@@ -81,6 +81,10 @@ class Chain:
         read = caches if self.mode == "per_step" else [*caches[1:], caches[-1]]
         return {t: (r, w) for t, r, w in zip(self.ts, read, caches)}
 
+    def distinct(self):
+        """The caches, each once, in the order of the denoising steps."""
+        return list({id(c): c for pair in self.caches.values() for c in pair if c is not None}.values())
+
     def next(self, noise, *, text=None, image=None, audio=None, audio_mask=None, grad=None):
         """x_0 of the next chunk (B, 16, chunk, H, W).
 
@@ -138,14 +142,14 @@ def noise_maker(shape, noise=None, generator=None, device="cpu"):
 
 
 def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=None, audio_mask=None, noise=None, generator=None,
-            grad=None, on_chunk=None, **chain):
+            grad=None, **chain):
     """Latents (B, 16, chunks * chunk, H, W) made chunk by chunk, each from chunk 0 and the one before it; chunks: as cond has.
 
     cond (B, 20, F, H, W), text, image: as in `Chain` and WanDiT.forward; audio (B, frames, tokens, D), audio_mask (B, frames, h, w)
     noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`;
     clean_pass with context_noise takes one step more.
     grad: index of the denoising step that keeps its gradient and whose x_0 is taken, the same in every chunk
-    (Self-Forcing, Algorithm 1); None: no gradient at all. on_chunk: (index, x_0) -> None after each chunk.
+    (Self-Forcing, Algorithm 1); None: no gradient at all.
     chain: chunk, cache, guidance, renoise, context_noise, first_ts of `Chain`.
     """
     state = Chain(dit, cond, timesteps, **chain)
@@ -156,8 +160,6 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
         frames = slice(index * state.chunk, (index + 1) * state.chunk)
         out.append(state.next(draw(frames), text=text, image=image, audio=part(audio, frames),
                               audio_mask=part(audio_mask, frames), grad=grad))
-        if on_chunk is not None:
-            on_chunk(index, out[-1])
     return torch.cat(out, dim=2)
 
 

@@ -192,7 +192,7 @@ class Conversation:
         with self.lock:
             back, self.lines = [x for x in self.lines if x.start >= at], [x for x in self.lines if x.start < at]
             self.sample, self.spoken = at, min(self.spoken, at)
-            self.to_say.extendleft(reversed([x for x in back if not interrupted or x.answer == self.turn]))       # given too early to an overlapping stage
+            self.to_say.extendleft(reversed([x for x in back if x.answer == self.turn]))        # given too early to an overlapping stage
             if interrupted:
                 self.fade(forgotten)
         self.chunks = self.streamer.resume()
@@ -291,7 +291,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
         raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
-    m = talk.load_models(folder)
+    m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu")
     mind = audio_llm.load(partner, speaker) if partner else dialogue.load_partner(folder, m.encoder, speaker)
     if isinstance(mind, dialogue.Partner):
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "

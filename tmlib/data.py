@@ -206,10 +206,11 @@ class Clips:
         return part
 
     def examples(self) -> list[int]:
-        """A speaking clip of each style to look at; of clips without styles, as real ones are, the first that speak."""
-        first = [self.where(style=style, kind="speaking")[:1] for style in STYLES]
-        found = np.concatenate(first if all(map(len, first)) else [self.where(kind="speaking")[:len(STYLES)]])
-        return found.tolist()
+        """A speaking clip of each style to look at, of another face each; of clips without styles, as real ones are, the first that speak."""
+        styles = [self.where(style=style, kind="speaking") for style in STYLES]
+        if not all(map(len, styles)):
+            return self.where(kind="speaking")[:len(STYLES)].tolist()
+        return [int(some[min(k, len(some) - 1)]) for k, some in enumerate(styles)]
 
     def labels(self, rows: Iterable[int]) -> list[str]:
         """Each row's style, or of a real clip its number: what it was cut from stands in clips.json."""

@@ -67,19 +67,20 @@ class Book:
         return [(x, Exchange(tell.format(x=x), row["reply"].format(x=x), "tell")) for x in row["values"] for tell in _ways(row["tell"], x, split)]
 
     def script(self, rng, split: str, length: int) -> list[Exchange]:
-        """`length` exchanges in a row that make sense together."""
-        out, told = [], [None] * len(self.remember)
+        """`length` exchanges in a row that make sense together, to a partner who remembers MEMORY of them."""
+        out, told = [], [(-MEMORY, None)] * len(self.remember)                # when, what
         while len(out) < length:
             kind = rng.choice(list(KINDS), p=list(KINDS.values()))
-            known = [k for k, x in enumerate(told) if x is not None]
+            known = [k for k, (at, _) in enumerate(told) if len(out) - at < MEMORY]
             if kind == "ask" and not known and rng.random() < FIRST:
                 kind = "tell"
             if kind == "tell":
                 k = rng.integers(len(told))
-                told[k], exchange = _one(rng, self.tells[split][k])
+                x, exchange = _one(rng, self.tells[split][k])
+                told[k] = len(out), x
             elif kind == "ask":
                 k = _one(rng, known) if known and rng.random() < KNOWN else rng.integers(len(told))
-                exchange = self._ask(rng, k, told[k])
+                exchange = self._ask(rng, k, told[k][1] if k in known else None)
             elif kind == "again":
                 exchange = Exchange(_one(rng, self.again), out[-1].answer if out else "I have not said anything yet.", kind)
             else:

@@ -32,7 +32,7 @@ def load_pairs(path: Path) -> dict[str, Tensor]:
 def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) -> dict[str, Tensor]:
     """The teacher's guided ODE solutions of `p.pairs` noises: {"index" (n,), "seed" (n,), "target" (n, 16, F, h, w)}.
 
-    Written to `kept` in the resume state, from where a killed run takes them, and to `path`, for other stages.
+    Written to `kept` in the resume state, batch by batch beside it, from where a killed run takes them, and to `path`, for other stages.
     """
     from safetensors.torch import save_file
     if Path(kept).exists():
@@ -43,9 +43,16 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) ->
     index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
     seed = torch.arange(p.pairs) + 1_000_000
     progress, target = Progress(p.pairs, "teacher solutions"), []
-    for some in torch.arange(p.pairs).split(p.batch):
-        target.append(ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),
-                                                                       p.pair_steps, p.pair_shift, p.guidance)))
+    for k, some in enumerate(torch.arange(p.pairs).split(p.batch)):
+        part = Path(kept).with_name(f"{Path(kept).stem}-{k}.safetensors")
+        if not part.exists():                                                 # rank 0 writes it once all have seen that it is missing
+            made = ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),
+                                                                    p.pair_steps, p.pair_shift, p.guidance))
+            with atomic(part) as tmp:
+                save_file({"target": made}, tmp)
+        else:
+            made = load_pairs(part)["target"]
+        target.append(made)
         progress.step(len(some))
     pairs = {"index": index, "seed": seed, "target": torch.cat(target)}
     for to in filter(None, (path, kept)):
@@ -67,12 +74,12 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
         if start is not None:
             raise UserError(f"distillation.real_ratio must be 0 with cache {p.cache}: its chunks follow from one another, none can start from real video")
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
-    v = denoiser(dit, batch, mask=chain.bare(dit).config.mask)
-    at = lambda t: torch.full((len(batch),), t, device=dit.device)
+    mask = chain.bare(dit).config.mask
     if start is not None and grad:
         x_t = flow.add_noise(start, noise(grad), ts[grad])
-        return flow.x0_from_v(x_t, v(x_t, at(ts[grad])), ts[grad])
-    return flow.few_step(lambda i, x_t: v(x_t, at(ts[i])), noise, ts, grad=grad)
+        v = denoiser(dit, batch, mask=mask)(x_t, torch.full((len(batch),), ts[grad], device=dit.device))
+        return flow.x0_from_v(x_t, v, ts[grad])
+    return chain.full(dit, batch.cond, timesteps=ts, mask=mask, noise=noise, grad=grad, **batch.conditions())
 
 
 def drawn(shape, g: torch.Generator, part: slice, first: Tensor | None = None, device="cpu") -> Callable[[int], Tensor]:

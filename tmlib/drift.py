@@ -13,6 +13,8 @@ from .data import RATE
 from .speech import Phone
 
 FPS = 16
+OPEN, SPEAKS = 0.15, 0.3                         # a mouth is open above the one; above the other the truth is sure to be
+PATIENCE = 36                                    # frames that a change may take at most: three chunks
 
 
 @dataclass
@@ -92,6 +94,24 @@ def series(seen: Watched, picture: np.ndarray, face) -> dict[str, np.ndarray]:
     colour, sharpness, who = metrics.lab(picture[None])[0], metrics.sharpness(picture[None])[0], face.features(first(picture))[0].numpy()
     return {"drift_color": np.linalg.norm(np.array(seen.colour) - colour, axis=1), "drift_sharpness": np.array(seen.sharpness) / sharpness,
             "drift_identity": metrics.cosine_distance(np.array(seen.face), who)}
+
+
+def toggles(opening: np.ndarray, truth: np.ndarray, turns: list[tuple[float, bool]]) -> dict[str, float]:
+    """Frames until the mouth follows a change, in the mean over turns; opening, truth (n,).
+
+    toggle_close_frames: from the end of speech until the mouth is shut for the rest of the pause; a mouth that moves by itself never is.
+    toggle_open_frames: from the first open truth until the mouth opens, where it was shut when the turn began. toggle_latency_frames: the slower of the two.
+    """
+    begins = [int(begin * FPS) for begin, _ in turns if int(begin * FPS) < len(opening)]
+    closing, opens = [], []
+    for begin, end, (_, speaks) in zip(begins, [*begins[1:], len(opening)], turns):
+        read, sure = opening[begin:end] > OPEN, np.flatnonzero(truth[begin:end] > SPEAKS)
+        if not speaks:
+            closing.append(float(np.flatnonzero(read).max(initial=-1)) + 1)
+        elif len(sure) and not read[0]:
+            opens.append(float(np.flatnonzero(read[sure[0]:]).min(initial=PATIENCE)))
+    numbers = {"toggle_close_frames": float(np.mean(closing or [PATIENCE])), "toggle_open_frames": float(np.mean(opens or [PATIENCE]))}
+    return numbers | {"toggle_latency_frames": max(numbers.values())}
 
 
 def near(values: np.ndarray, k: int) -> float:

@@ -47,9 +47,16 @@ class Bench:
         with torch.no_grad():
             return np.stack([self.face.features(to_float(v[::every]).movedim(1, 0)).numpy() for v in video])
 
-    def ceiling(self) -> np.ndarray:
-        """The codec's own video: truth encoded and decoded; no model can exceed its scores."""
-        return self.videos(lambda batch, _: batch.z, 16, "codec ceiling")
+    def distances(self, made: np.ndarray, real: np.ndarray) -> dict:
+        """Fréchet distance of face features (n, t, dim), and what it is without each of the faces in turn."""
+        flat = lambda x, some: x[some].reshape(-1, x.shape[-1])
+        distance = lambda some: metrics.frechet(flat(made, some), flat(real, some))
+        return {"frechet": distance(np.arange(len(made))), "frechet_left_out": metrics.left_out(distance, [m["identity"] for m in self.clips.meta])}
+
+
+def speakers(clips, rows) -> list:
+    """Who is heard in each of these clips: a voice or, in real ones, a person."""
+    return [clips.meta[i]["voice"] or clips.meta[i]["identity"] for i in rows]
 
 
 def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
@@ -58,7 +65,8 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
     speaking = clips.where(kind="speaking")
     got, truth = read[speaking, :, 0], clips.truth[speaking, :, 0]
     r = metrics.lip_r(got, truth)
-    out = metrics.interval("lip_r", r)
+    who = np.array(speakers(clips, speaking))
+    out = metrics.interval("lip_r", r, who)
     others = range(1, min(len(truth), 1 + SHUFFLES))
     out["lip_r_shuffled"] = float(np.mean([metrics.lip_r(got, np.roll(truth, k, axis=0)).mean() for k in others]))
     out["lip_r_shuffled_truth"] = float(np.mean([metrics.lip_r(truth, np.roll(truth, k, axis=0)).mean() for k in others]))
@@ -68,7 +76,7 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
     for style in STYLES:
         of_style = np.isin(speaking, clips.where(style=style))
         absent = {f"lip_r_{style}": None, f"lip_r_{style}_reason": "no clip of this style"}              # real ones have none
-        out |= metrics.interval(f"lip_r_{style}", r[of_style]) if of_style.any() else absent
+        out |= metrics.interval(f"lip_r_{style}", r[of_style], who[of_style]) if of_style.any() else absent
     return out, r
 
 
@@ -86,8 +94,11 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
             "listening_motion_real": moved(clips.frames[listening])}
 
 
-def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """All numbers of generated video uint8 (n, T, H, W, 3): (flat dict, per-clip lip r, read mouths (n, T, 3))."""
+def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.ndarray]:
+    """All numbers of generated video uint8 (n, T, H, W, 3): (flat dict; what later stages compare it by; read mouths (n, T, 3)).
+
+    The second: lip_r and voice of each clip in which somebody speaks, frechet and frechet_left_out.
+    """
     clips = bench.clips
     read = bench.read(video)
     out, r = lip_scores(read, bench)
@@ -99,10 +110,11 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, np.ndarray
     out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     real, made = bench.features(clips.frames), bench.features(video)
-    out["frechet"] = metrics.frechet(made.reshape(-1, made.shape[-1]), real.reshape(-1, real.shape[-1]))
+    far = bench.distances(made, real)
+    out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])
     out["identity_distance"] = float(metrics.cosine_distance(made, real[:, :1]).mean())
     out["n"] = len(video)
-    return out, r, read
+    return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), **far}, read
 
 
 @torch.no_grad()
@@ -116,7 +128,7 @@ def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (1
         for t in levels:
             eps = clip_noise([1000 * int(i) + int(t) for i in index], batch.z.shape[1:]).to(dit.device)
             t = torch.full((len(index),), float(t), device=dit.device)
-            error = (v(flow.add_noise(batch.z, eps, t), t) - (eps - batch.z)).square() * batch.weight
+            error = (v(flow.add_noise(batch.z, eps, t), t) - flow.velocity(batch.z, eps)).square() * batch.weight
             total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
         return (total / len(levels)).cpu()
     return torch.cat([ranks.spread(index, one) for index in torch.arange(len(latents)).split(batch_size)]).numpy()

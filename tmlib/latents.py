@@ -46,9 +46,6 @@ class Batch:
     def repeat(self, n: int) -> "Batch":
         return self.each(lambda v: v.repeat_interleave(n, 0))
 
-    def pick(self, index) -> "Batch":
-        return self.each(lambda v: v[index])
-
     def to(self, device) -> "Batch":
         return self.each(lambda v: v.to(device))
 

@@ -22,7 +22,7 @@ def weighted_mse(a: Tensor, b: Tensor, weight: Tensor | float = 1.0) -> Tensor:
 def flow_matching(denoise: Denoise, x_0: Tensor, eps: Tensor, t: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Conditional flow matching (Lipman et al. 2023, eq. 14 with the straight path); t (B,) or (B, F) in [0, 1000]."""
     v = denoise(flow.add_noise(x_0, eps, t), t)
-    return weighted_mse(v, eps - x_0, weight)
+    return weighted_mse(v, flow.velocity(x_0, eps), weight)
 
 
 def border(x: Tensor, target: Tensor, chunk: int, weight: Tensor | float = 1.0) -> Tensor:

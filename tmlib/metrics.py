@@ -1,6 +1,7 @@
 """What is measured, as plain functions of arrays: lips, silence, borders, drift, fidelity, latency.
 
-Every number is per clip first, then averaged; intervals are 95 % bootstraps over held-out clips (pooling flatters).
+Every number is per clip first, then averaged (pooling flatters). Intervals are of 95 %: bootstraps over what a claim is about, voices that were never heard,
+each drawn with all of its clips, which resemble one another; a Fréchet distance has a jackknife over faces.
 """
 import numpy as np
 
@@ -26,25 +27,48 @@ def lip_offset(read: np.ndarray, truth: np.ndarray, reach: int = 5) -> int:
     return int(max(shifts, key=mean))
 
 
-def bootstrap(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of per-clip values (n,) and its 95 % interval (mean, lo, hi)."""
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    lo, hi = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(lo), float(hi)
+def resampled(size: int, groups=None, n: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each of `size` values is drawn in each of n bootstrap samples, (n, size): one by one or, groups (size,), all of a group together.
+    Of a single group nothing can be drawn but its values."""
+    which = np.arange(size) if groups is None or len(set(groups)) < 2 else np.unique(groups, return_inverse=True)[1]
+    count = which.max() + 1
+    draws = np.random.default_rng(seed).integers(count, size=(n, count))
+    return np.stack([np.bincount(drawn, minlength=count) for drawn in draws])[:, which]
 
 
-def bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(values: np.ndarray, groups=None, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of per-clip values (size,) and its 95 % interval (mean, lo, hi); groups: see `resampled`."""
+    return bootstrap_ratio(np.asarray(values, float), np.ones(len(values)), groups, n, seed)
+
+
+def bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, groups=None, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Ratio of means over the same clips, with its 95 % interval."""
-    draws = np.random.default_rng(seed).integers(len(top), size=(n, len(top)))
-    lo, hi = np.percentile(top[draws].mean(1) / bottom[draws].mean(1), [2.5, 97.5])
+    drawn = resampled(len(top), groups, n, seed)
+    lo, hi = np.percentile(drawn @ top / (drawn @ bottom), [2.5, 97.5])
     return float(top.mean() / bottom.mean()), float(lo), float(hi)
 
 
-def interval(name: str, values: np.ndarray) -> dict[str, float]:
+def interval(name: str, values: np.ndarray, groups=None) -> dict[str, float]:
     """{name, name_lo, name_hi} of per-clip values."""
-    mean, lo, hi = bootstrap(values)
-    return {name: mean, f"{name}_lo": lo, f"{name}_hi": hi}
+    return named(name, bootstrap(values, groups))
+
+
+def named(name: str, found: tuple[float, float, float]) -> dict[str, float]:
+    """(value, lo, hi) as {name, name_lo, name_hi}."""
+    return dict(zip((name, f"{name}_lo", f"{name}_hi"), found))
+
+
+def left_out(statistic, groups) -> np.ndarray:
+    """`statistic` (of indices of clips) without each group in turn: (groups,), in the order of their names."""
+    groups = np.asarray(groups)
+    return np.array([statistic(np.flatnonzero(groups != g)) for g in np.unique(groups)])
+
+
+def jackknife(name: str, whole: float, left: np.ndarray) -> dict[str, float]:
+    """{name, name_lo, name_hi}: a number and its 95 % interval, from what it is without each group (`left_out`). For what a bootstrap distorts, as a
+    Fréchet distance: clips that were drawn twice look like a narrower world."""
+    half = 1.96 * np.sqrt((len(left) - 1) * np.mean((left - np.mean(left)) ** 2))
+    return named(name, (float(whole), float(whole - half), float(whole + half)))
 
 
 # --------------------------------------------------------------------------------------------------------- motion
@@ -147,4 +171,4 @@ def paired(name: str, top: np.ndarray, bottom: np.ndarray, n: int = 2000, seed: 
     ratio = np.asarray(top, float) / np.asarray(bottom, float)
     draws = np.random.default_rng(seed).integers(len(ratio), size=(n, len(ratio)))
     lo, hi = np.percentile(np.median(ratio[draws], 1), [2.5, 97.5])
-    return {name: float(np.median(ratio)), f"{name}_lo": float(lo), f"{name}_hi": float(hi)}
+    return named(name, (float(np.median(ratio)), float(lo), float(hi)))

@@ -11,6 +11,7 @@ papermill does the running; this adds what a pipeline needs (the pitfalls are re
 
 import argparse
 import ast
+import hashlib
 import logging
 import os
 import re
@@ -56,6 +57,14 @@ def check(source, injected: dict) -> int:
     values = {**known, **injected}
     loaded = config.load(values["section"], values.get("overrides")) if "section" in values else None
     return getattr(loaded, "processes", 1)
+
+
+def code_of(source) -> str:
+    """A hash of the notebook's code: words may change and training still go on where it was."""
+    import nbformat
+
+    code = [cell.source for cell in nbformat.read(source, as_version=4).cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- normal form
@@ -106,6 +115,7 @@ def run(source, output, **injected) -> None:
 
     source, output = Path(source), Path(output)
     processes = check(source, injected)
+    os.environ["TM_NOTEBOOK"] = code_of(source)                  # losses live in notebooks: `train.state_folder`
     partial = FAILED / output.name
     partial.parent.mkdir(parents=True, exist_ok=True)
     _execute(source, partial, injected, processes)

@@ -37,7 +37,8 @@ class Chunk:
     latents: Tensor | None = None               # (1, 16, chunk, H, W) until decoded
     ready: torch.cuda.Event | None = None       # when the latents are, on a GPU
     frames: np.ndarray | None = None            # uint8 (t, H, W, 3) once decoded
-    saved: tuple | None = None                  # the DiT's state after it, the decoder's after it
+    state: object = None                        # of the DiT's stage after it, in a resumable stream
+    past: list | None = None                    # the decoder's cache after it, likewise
     marks: dict[str, tuple[float, float]] = field(default_factory=dict)     # stage -> began, ended: time.perf_counter()
 
 
@@ -115,7 +116,7 @@ def decoded(chunks, vae, save: bool = False, past=None):
                 video, past = vae.decode(received(chunk, device), None if chunk.opens else past)
                 chunk.frames, chunk.latents = to_frames(video), None
             if save:
-                chunk.saved = (*(chunk.saved or ()), past)   # decoders never change a cache that they gave
+                chunk.past = past                            # decoders never change a cache that they gave
             yield chunk
 
 

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from . import config, runs
+from .claims import SIGNS, verdict
 from .config import UserError, cli, load_json
 from .figures import shown
-from .report import SIGNS, beside, verdict
+from .report import beside
 
 RUN = ("lip_r", "frechet", "border_ratio", "stream_identity")                 # of an ablation
 

@@ -161,9 +161,14 @@ def lips(call: Call, reader) -> tuple[np.ndarray, np.ndarray]:
     return read, truth(call)[np.array(call.number)[shown]]
 
 
+def late(call: Call) -> int:
+    """Frames that were not there in time, or were shown a frame too late because the player itself was held up."""
+    return max(call.late, sum(at > (k + 1) / FPS for k, at in enumerate(call.at)))
+
+
 def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> dict:
     """Numbers of some calls together; tracks: of each its `lips`."""
-    rows, r, quiet = [row for call in calls for row in exchanges(call)], [], []
+    each, r, quiet = [exchanges(call) for call in calls], [], []
     for call, (read, true) in zip(calls, tracks):
         spans = [(x.start // FRAME, -(-x.end // FRAME)) for x in call.lines if x.text]
         r += [metrics.pearson(read[a:b], true[a:b]) for a, b in spans if b - a >= 8 and b <= len(read)]
@@ -171,12 +176,12 @@ def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> di
         for a, b in spans:
             listening[max(a - 6, 0):b + 6] = False
         quiet.append(read[listening])
-    quiet, frames = np.concatenate(quiet), sum(len(call.frames) for call in calls)
-    numbers = {"turns": sum(bool(x["lines"]) for x in rows), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": frames / FPS,
-               "late": sum(call.late for call in calls) / frames, "listening_opening_mean": float(quiet.mean()) if len(quiet) else None}
-    scripts = range(0, len(rows), MEMORY)                                     # exchanges of one script share a memory
-    right, asked = (np.add.reduceat(x, scripts) for x in (np.array([float(x["right"]) for x in rows]), np.ones(len(rows))))
-    numbers |= dict(zip(("right_live", "right_live_lo", "right_live_hi"), metrics.bootstrap_ratio(right, asked))) | (metrics.interval("lip_r", np.array(r)) if r else {})
+    rows, quiet, frames = sum(each, []), np.concatenate(quiet), sum(len(call.frames) for call in calls)
+    numbers = {"turns": min(sum(bool(x["lines"]) for x in some) for some in each), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": frames / FPS,
+               "late": sum(late(call) for call in calls) / frames, "listening_opening_mean": float(quiet.mean()) if len(quiet) else None}
+    stretches = [some[k:k + MEMORY] for some in each for k in range(0, len(some), MEMORY)]           # neighbours share a memory
+    right, asked = (np.array([sum(count(x) for x in some) for some in stretches], float) for count in (lambda x: x["right"], lambda x: 1))
+    numbers |= metrics.named("right_live", metrics.bootstrap_ratio(right, asked)) | (metrics.interval("lip_r", np.array(r)) if r else {})
     for name in ("reply_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}

@@ -18,7 +18,7 @@ class Split:
         for name in ("frames", "truth", "mouth", "face"):
             setattr(self, name, np.stack([getattr(c, name) for c in clips]))
         self.waves = waves or [c.wave for c in clips]
-        self.meta = [{"style": STYLES[i % 3] if c.voice else None, "kind": "speaking"} for i, c in enumerate(clips)]
+        self.meta = [{"style": STYLES[i % 3] if c.voice else None, "kind": "speaking", "voice": c.voice} for i, c in enumerate(clips)]
 
     def __len__(self) -> int:
         return len(self.meta)

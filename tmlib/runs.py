@@ -8,7 +8,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from . import config, scales
+from . import config
+from .claims import verdict
 from .config import UserError
 
 ORIGIN = ("commit", "date", "machine", "python")
@@ -20,14 +21,14 @@ def keep(scale: str, root: Path) -> Path:
     if not made.is_file():
         raise UserError(f"{made}: not there; run `make repro SCALE={scale}` first")
     date = datetime.fromtimestamp(made.stat().st_mtime, timezone.utc).date().isoformat()
-    origin = dict(zip(ORIGIN, (scales.commit(root), date, f"{platform.system()} {platform.machine()}", platform.python_version())))
+    origin = dict(zip(ORIGIN, ((root / ".scales" / scale / ".commit").read_text(encoding="utf-8"), date, f"{platform.system()} {platform.machine()}", platform.python_version())))
     path = root / "data" / "runs" / f"{scale}.json"
     config.save_json(path, {**origin, "claims": config.load_json(made)})
     return path
 
 
 def load(folder: Path, but: list[str] = ()) -> dict[str, dict]:
-    """{scale: its claims, as `report.claims` gives them}, by name, `but` some; UserError for a file of another kind."""
+    """{scale: its claims, as `claims.judge` gives them}, by name, `but` some; UserError for a file of another kind."""
     found = {}
     for path in sorted(Path(folder).glob("*.json")):
         kept = config.load_json(path)
@@ -38,16 +39,16 @@ def load(folder: Path, but: list[str] = ()) -> dict[str, dict]:
     return found
 
 
-def compared(claims: dict[str, dict], others: dict[str, dict], verdict) -> tuple[list[dict], dict[str, str]]:
+def compared(judged: dict[str, dict], others: dict[str, dict]) -> tuple[list[dict], dict[str, str]]:
     """Every bar with what each run has for it, as rows and headings of `report.write_table`: value, interval, verdict. A bar that a run did not have yet stays empty."""
     def found(run: dict, name: str, metric: str, prefix: str) -> dict:
         part = next((p for p in run.get(name, {}).get("parts", ()) if p["metric"] == metric), None)
         ends = dict(zip((f"{prefix}_lo", f"{prefix}_hi"), part["ci95"])) if part and part["ci95"] else {}
         return {prefix: part and part["value"], f"{prefix}_verdict": part and verdict(part), **ends}
 
-    runs = {"here": claims, **others}
+    runs = {"here": judged, **others}
     rows = [{"name": name, "metric": part["metric"]} | {k: v for key, run in runs.items() for k, v in found(run, name, part["metric"], key).items()}
-            for name, claim in claims.items() for part in claim["parts"]]
+            for name, claim in judged.items() for part in claim["parts"]]
     columns = {key: heading for run in runs for key, heading in ((run, run.replace("_", " ")), (f"{run}_verdict", "verdict"))}
     return rows, {"name": "", "metric": "number", **columns}
 

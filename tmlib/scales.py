@@ -90,6 +90,7 @@ def mirror(scale: str, root: Path | None = None) -> Path:
     settings = root / ".dvc" / "config"
     text = settings.read_text(encoding="utf-8") if settings.exists() else "[core]\n"
     _write_if_changed(folder / ".dvc" / "config", text.replace("[core]", "[core]\n    no_scm = true", 1).encode())
+    _write_if_changed(folder / ".commit", commit(root).encode())
     _write_if_changed(listing, "\n".join(names).encode())
     return folder
 

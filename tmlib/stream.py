@@ -39,10 +39,40 @@ class Take:
     chain: Chain | None = None                   # of the present picture
     offset: int = 0                              # the sound's sample at which this picture began
     index: int = 0                               # of the next chunk
-    after: deque = field(default_factory=deque)  # of the last chunks delivered: (states of DiT and decoder, sample at which it ends)
+    after: deque = field(default_factory=deque)  # Marks of the last chunks delivered
     pictures: dict = field(default_factory=dict) # that begin at a chunk still to be made, or made again: {index: (image, tokens)}
     busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
     run: int = 0                                 # how often it was picked up: threads of earlier runs make no more chunks
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a stream may go on from: behind a chunk that was delivered, or its beginning."""
+    end: int = 0                                 # the sound's sample at which that chunk ends
+    state: "State | None" = None                 # the DiT's stage after it
+    past: list | None = None                     # the decoder's cache after it
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the DiT's next chunk depends on, copied."""
+    index: int
+    offset: int
+    image_tokens: torch.Tensor | None
+    chain: Chain
+    place: int                                   # chunks that the chain has made
+    caches: list                                 # `KVCache.saved` of its caches
+    draw: torch.Tensor                           # where the noise goes on
+
+    @classmethod
+    def of(cls, take: Take) -> "State":
+        return cls(take.index, take.offset, take.image_tokens, take.chain, take.chain.index, [c.saved() for c in take.chain.distinct()], take.draw.get_state())
+
+    def restore(self, take: Take) -> None:
+        take.index, take.offset, take.image_tokens, take.chain, take.chain.index = self.index, self.offset, self.image_tokens, self.chain, self.place
+        for cache, saved in zip(self.chain.distinct(), self.caches, strict=True):
+            cache.restore(saved)
+        take.draw.set_state(self.draw)
 
 
 class Streamer:
@@ -66,6 +96,8 @@ class Streamer:
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
         self.placement, self.depth, self.resumable, self.undo, self.blocking = placement, depth, resumable or undo > 0, undo, blocking
         self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
+        if self.chunk % (group := getattr(getattr(audio_encoder, "cfg", None), "group", 1)):
+            raise UserError(f"the speech encoder hears {group} latent frames at a time, and chunks of {self.chunk} are no whole groups: load it with `load_speech(folder, {self.chunk})`")
         self.history_s = history_s
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
         self.text, self.listening, self.take, self.worker = None, None, None, worker
@@ -122,7 +154,7 @@ class Streamer:
             with self.halted(self.take):
                 self.take = None
         self.take = Take(Sound(audio_chunks, self.history()), torch.Generator().manual_seed(self.seed), None, audio_mask)
-        self.take.after = deque([(None, 0)], self.undo + 1)
+        self.take.after = deque([Mark()], self.undo + 1)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
 
@@ -136,19 +168,19 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
-        state, past = take.after[-1][0] or (None, None)
+        mark = take.after[-1]
         with self.halted(take):
-            if state is not None:
-                restore(take, state)
+            if mark.state is not None:
+                mark.state.restore(take)
             else:                                # it ended before anything was delivered: begin again
                 take.chain, take.index, take.offset = None, 0, 0
                 take.draw.manual_seed(self.seed)
-        yield from self.play(take, past)
+        yield from self.play(take, mark.past)
 
     @property
     def settled(self):
         """The sample before which `rewind` cannot go."""
-        return self.take.after[0][1]
+        return self.take.after[0].end
 
     def rewind(self, sample):
         """Forget the sound from `sample` on, and every delivered chunk that has frames there: `resume` makes these again.
@@ -160,7 +192,7 @@ class Streamer:
         if take is None or sample < self.settled:
             raise UserError("that part of the stream cannot be taken back: give Streamer(..., undo=chunks)")
         with self.halted(take):
-            while sample < take.after[-1][1]:
+            while sample < take.after[-1].end:
                 take.after.pop()
             return take.sound.drop(sample)
 
@@ -169,14 +201,15 @@ class Streamer:
         needed = getattr(self.audio_encoder, "history_samples", 8 * RATE) if self.history_s is None else int(self.history_s * RATE)
         return needed + self.resumable * (2 * self.depth + 3 + self.undo) * self.chunk * STRIDE * FRAME
 
-    @staticmethod
     @contextmanager
-    def halted(take):
+    def halted(self, take):
         """No thread of an earlier run makes a chunk of this take, now or later."""
         if not take.busy.acquire(timeout=BUSY_S):
             raise UserError("the stream before still waits for its sound: end that source first")
         take.run += 1
         try:
+            if self.dit.device.type == "cuda":
+                torch.cuda.synchronize(self.dit.device)      # what such a thread handed over has been done, on whichever CUDA stream
             yield
         finally:
             take.busy.release()
@@ -184,10 +217,10 @@ class Streamer:
     def play(self, take, past=None):
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
-                take.after.append((chunk.saved, (chunk.frame + len(chunk.frames)) * FRAME))
+                take.after.append(Mark((chunk.frame + len(chunk.frames)) * FRAME, chunk.state, chunk.past))
                 for shown in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
                     take.pictures.pop(shown)
-                chunk.saved = None
+                chunk.state = chunk.past = None
                 yield chunk
 
     def placed(self, chunks, past):
@@ -233,7 +266,7 @@ class Streamer:
             chunk.ready = ready(chunk.latents)
             take.index += 1
             if self.resumable:
-                chunk.saved = (state_of(take),)
+                chunk.state = State.of(take)
             return chunk
 
     def turn(self, take):
@@ -271,24 +304,6 @@ def another(device):
     """Another GPU than this one, or the same device where there is no other."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 1
     return torch.device("cuda", ((device.index or 0) + 1) % gpus) if gpus > 1 else device
-
-
-def caches_of(chain):
-    return list({id(c): c for pair in chain.caches.values() for c in pair if c is not None}.values())
-
-
-def state_of(take):
-    """All that the DiT's next chunk depends on, copied: the K/V of its context, where it is, and the noise to come."""
-    context = [(c.k.clone(), c.v.clone(), c.filled) for c in caches_of(take.chain)]
-    return take.index, take.offset, take.image_tokens, take.chain, take.chain.index, context, take.draw.get_state()
-
-
-def restore(take, state):
-    take.index, take.offset, take.image_tokens, take.chain, take.chain.index, context, noise = state
-    for cache, (k, v, filled) in zip(caches_of(take.chain), context):
-        cache.k.copy_(k), cache.v.copy_(v)
-        cache.filled = filled
-    take.draw.set_state(noise)
 
 
 def to_video(image):

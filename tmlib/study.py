@@ -200,7 +200,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--ours", metavar="DIR", help="compare videos of this folder instead ...")
     add("--theirs", metavar="DIR", help="... with those of the same names in this one")
     add("--real", metavar="DIR", help="with them: true recordings, for the checks")
-    add = (two := commands.add_parser("count", help="votes -> reports/metrics/user_study.json")).add_argument
+    add = (two := commands.add_parser("count", help="votes -> reports/metrics/user_study.json, or FOLDER.counted.json where the videos are not this workbook's")).add_argument
     add("folder", help="the folder that `make` wrote, its key beside it")
     add("votes", nargs="+", help="the voters' files")
     return parser
@@ -230,13 +230,14 @@ def _make(args) -> int:
 
 
 def _count(args) -> int:
-    from .report import CLAIMS
+    from .claims import CLAIMS
     found, needed = count(args.folder, args.votes), next(bar.bar for bar in CLAIMS["N3"].bars if bar.key == "voters")
-    config.save_json(out := config.METRICS / "user_study.json", found)
+    own = "scale" in found                                      # videos of this workbook's student: N3 is about no other's
+    config.save_json(out := config.METRICS / "user_study.json" if own else Path(args.folder).with_suffix(".counted.json"), found)
     print(f"{out}: {100 * found['preference']:.0f} % ({100 * found['preference_lo']:.0f} to {100 * found['preference_hi']:.0f}) would rather watch ours than "
-          f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties. "
-          "For N3 in the report: dvc repro --force --single-item report")
-    if found["voters"] < needed:
+          f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties."
+          + (" For N3 in the report: dvc repro --force --single-item report" if own else ""))
+    if own and found["voters"] < needed:
         print(f"too few: N3 asks for {needed} voters; with {found['voters']} it does not hold, whatever they prefer")
     return 0
 

@@ -9,6 +9,7 @@ What is special
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -77,9 +78,9 @@ def fingerprint(*things) -> str:
 
 
 def state_folder(stage: str, params, *inputs: Path) -> Path:
-    """Where a stage keeps its resume state: keyed by parameters, this library's code and the input files."""
+    """Where a stage keeps its resume state: keyed by parameters, this library's code, the notebook's and the input files."""
     code = sorted(Path(__file__).parent.glob("*.py"))
-    return SCRATCH / f"{stage}-{fingerprint(params, *code, *inputs)}"
+    return SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code, *inputs)}"
 
 
 def generator(*key: int | str) -> torch.Generator:

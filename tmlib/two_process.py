@@ -91,7 +91,7 @@ class Decoder:
         if self.source.type == "cuda" and not self.nccl:
             torch.cuda.current_stream(self.source).synchronize()
         self.tag += 1
-        self.tell((self.tag, replace(chunk, wave=None, latents=None, ready=None, saved=None), z.shape, z.dtype))
+        self.tell((self.tag, replace(chunk, wave=None, latents=None, ready=None, state=None), z.shape, z.dtype))
         try:
             work = self.group.send([z], 1, self.tag)
             if blocking:
@@ -106,8 +106,7 @@ class Decoder:
         shape, marks, past = self.answer()
         chunk.frames = self.frames(shape)
         chunk.marks |= {**marks, "frames": (marks["vae"][1], time.perf_counter())}
-        if past is not None:
-            chunk.saved = (*(chunk.saved or ()), unpacked(past))
+        chunk.past = past and unpacked(past)
         work, _ = self.sending.pop(chunk.index)
         if work is not None:
             work.wait()                                      # over long ago
@@ -243,5 +242,5 @@ def arrived(pipe, group, device):
 def give_back(pipe, chunk):
     frames = np.ascontiguousarray(chunk.frames)
     marks = {stage: chunk.marks[stage] for stage in ("latents", "vae")}
-    pipe.send((frames.shape, marks, packed(chunk.saved and chunk.saved[0])))
+    pipe.send((frames.shape, marks, packed(chunk.past)))
     pipe.send_bytes(frames.reshape(-1))

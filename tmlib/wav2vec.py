@@ -126,10 +126,6 @@ class Wav2VecEncoder(nn.Module):
         skip = first % group
         return torch.cat(parts)[skip:skip + n]                                # (n, tokens, dim)
 
-    def null(self, n: int) -> Tensor:
-        """The absent condition of classifier-free guidance: zeros, which no sound gives."""
-        return torch.zeros(n, self.tokens_per_latent, self.dim, device=self.net.device)
-
 
 def context_error(encoder: Wav2VecEncoder, wave, n: int) -> float:
     """How far tokens of n latent frames from bounded windows are from those of the whole wave, RMS over RMS (0: the same)."""
@@ -157,11 +153,15 @@ def load_wav2vec(source, cfg: Wav2VecConfig = Wav2VecConfig(), dtype=torch.float
     return Wav2VecEncoder(net, cfg).eval()
 
 
-def load_speech(folder) -> SpeechEncoder | Wav2VecEncoder:
-    """The speech encoder of a folder of models: the miniature's own, or the pretrained one that its speech.safetensors links to."""
+def load_speech(folder, chunk: int | None = None) -> SpeechEncoder | Wav2VecEncoder:
+    """The speech encoder of a folder of models: the miniature's own, or the pretrained one that its speech.safetensors links to.
+
+    chunk: of a stream, in latent frames, where it is another than the one that the link was written for.
+    """
     path = Path(folder) / "speech.safetensors"
     if not (how := linked(path)):
         return load_encoder(folder)
+    how |= {"group": chunk} if chunk else {}
     try:
         cfg = Wav2VecConfig(**{name: value for name, value in how.items() if name != "source"})
     except TypeError as error:

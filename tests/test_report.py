@@ -299,7 +299,9 @@ def furnish(root):
     (root / "data" / "measured").mkdir(parents=True)
     (reports / "metrics" / "ablations").mkdir(exist_ok=True)
     (root / "notebooks").mkdir()
-    (root / "notebooks" / "40_teacher.ipynb").write_text("{}")
+    (reports / "nb").mkdir()
+    for place in (root / "notebooks", reports / "nb"):
+        (place / "40_teacher.ipynb").write_text("{}")
     return {"lips": "Lips <b>of</b> \"four\" & more", "talk": "A face talks."}
 
 
@@ -319,7 +321,7 @@ def test_the_page_is_sound_html_whose_every_link_leads_somewhere(root):
     assert len(videos) == 1 and "controls" in videos[0] and "autoplay" not in videos[0]
     assert 'Lips <b>of</b> "four" & more' in page.text                                      # shown, not obeyed
     assert page.links.index("figures/lips.png") < page.links.index("figures/a_bars.svg")    # in the order of the captions
-    assert page.links.count("../notebooks/40_teacher.ipynb") > 3 and "../reports/metrics/teacher.json" in page.links
+    assert page.links.count("nb/40_teacher.ipynb") > 3 and "../reports/metrics/teacher.json" in page.links
     assert "0.875 [0.863, 0.887]" in page.text and "14 of 14 hold, 0 fail, 0 not measured" in page.text
 
 

@@ -2,6 +2,7 @@
 
 Apart from `report`, so that a change of the report's words does not run the training notebooks again.
 """
+import io
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .config import atomic
+
+LARGE = 200_000                                  # bytes of a picture file
 
 
 def shown(value) -> str:
@@ -41,7 +44,18 @@ def show(path, width: int) -> None:
     ipython = sys.modules.get("IPython")
     if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
         from IPython.display import SVG, Image, display
-        display(SVG(str(path)) if Path(path).suffix == ".svg" else Image(str(path), width=width))
+        display(SVG(str(path)) if Path(path).suffix == ".svg" else Image(light(path), width=width))
+
+
+def light(path) -> bytes:
+    """The file of a picture, or where it is large the same as JPEG: executed notebooks are committed, and have all pictures once more."""
+    from PIL import Image
+    data = Path(path).read_bytes()
+    if len(data) < LARGE:
+        return data
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.convert("RGB").save(small := io.BytesIO(), "JPEG", quality=90, subsampling=0)
+    return small.getvalue()
 
 
 def contact_sheet(clips: list[np.ndarray], labels: list[str], path, columns: int = 8, fps: int = 16, titles: list[str] | None = None) -> None:

@@ -18,6 +18,8 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
              "streaming": "60_streaming", "latency": "65_latency", "latency_matrix": "65_latency", "robustness": "67_robustness",
              "dialogue": "68_conversation", "conversation": "68_conversation", "plain": "69_plain", "ablated": "70_ablations"}
 
+SOURCES = "70_ablations", "90_report"                # of the notebooks these are linked as they are written: one ran many times, one makes the page
+
 
 # --------------------------------------------------------------------------------------------------------- tables
 def _cell(row: dict, key: str) -> str:
@@ -126,7 +128,8 @@ def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dic
         named = lambda stem: captions.get(stem) or stem.replace("_", " ").capitalize()
         return [{"src": f"{folder}/{p.name}", "caption": named(p.stem)} for p in paths]
 
-    nb = {p.stem: f"../notebooks/{p.name}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}      # sources: they are there before a run
+    ran = lambda p: f"../notebooks/{p.name}" if p.stem in SOURCES else f"nb/{p.name}"
+    nb = {p.stem: ran(p) for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}
     known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
     environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "beside": beside, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}

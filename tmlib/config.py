@@ -223,10 +223,11 @@ class Progress:
         left = per_step * max(self.total - self.done, 0)
         shown = "".join(f"{name} {float(value):.3g}  " for name, value in numbers.items())
         percent = 100 * self.done // max(self.total, 1)
-        end = f"{_minutes(left)} left" if self.done < self.total else f"{_minutes(seconds)} in all"
+        end = f"{minutes(left)} left" if self.done < self.total else f"{minutes(seconds)} in all"
         return f"{self.what}  {self.done}/{self.total}  {percent} %  {shown}{per_step:.2g}{self.UNIT}{end}"
 
 
-def _minutes(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+def minutes(seconds: float) -> str:
+    """303 -> "5 min 03 s"."""
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole} min {rest:02d} s" if whole else f"{rest} s"

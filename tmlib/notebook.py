@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from . import config, shadow
@@ -114,7 +115,7 @@ def run(source, output, **injected) -> None:
     import nbformat
 
     source, output = Path(source), Path(output)
-    processes = check(source, injected)
+    began, processes = time.monotonic(), check(source, injected)
     os.environ["TM_NOTEBOOK"] = code_of(source)                  # losses live in notebooks: `train.state_folder`
     partial = FAILED / output.name
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,7 @@ def run(source, output, **injected) -> None:
     with config.atomic(output) as temporary:
         nbformat.write(notebook, temporary)
     partial.unlink()
+    print(f"{output.stem}: done in {config.minutes(time.monotonic() - began)}", flush=True)
 
 
 def _execute(source: Path, partial: Path, injected: dict, processes: int) -> None:

@@ -39,14 +39,14 @@ class Take:
     chain: Chain | None = None                   # of the present picture
     offset: int = 0                              # the sound's sample at which this picture began
     index: int = 0                               # of the next chunk
-    after: deque = field(default_factory=deque)  # Marks of the last chunks delivered
+    after: deque = field(default_factory=deque)  # Checkpoints behind the last chunks delivered
     pictures: dict = field(default_factory=dict) # that begin at a chunk still to be made, or made again: {index: (image, tokens)}
     busy: threading.Lock = field(default_factory=threading.Lock)         # held while a chunk is in the making
     run: int = 0                                 # how often it was picked up: threads of earlier runs make no more chunks
 
 
 @dataclass(frozen=True)
-class Mark:
+class Checkpoint:
     """Where a stream may go on from: behind a chunk that was delivered, or its beginning."""
     end: int = 0                                 # the sound's sample at which that chunk ends
     state: "State | None" = None                 # the DiT's stage after it
@@ -154,7 +154,7 @@ class Streamer:
             with self.halted(self.take):
                 self.take = None
         self.take = Take(Sound(audio_chunks, self.history()), torch.Generator().manual_seed(self.seed), None, audio_mask)
-        self.take.after = deque([Mark()], self.undo + 1)
+        self.take.after = deque([Checkpoint()], self.undo + 1)
         self.set_image(image, image_tokens)
         yield from self.play(self.take)
 
@@ -168,14 +168,14 @@ class Streamer:
             raise UserError("there is no stream to go on with: begin one with `stream`, on a Streamer(..., resumable=True)")
         if audio_chunks is not None:
             take.sound.follow(audio_chunks)
-        mark = take.after[-1]
+        last = take.after[-1]
         with self.halted(take):
-            if mark.state is not None:
-                mark.state.restore(take)
+            if last.state is not None:
+                last.state.restore(take)
             else:                                # it ended before anything was delivered: begin again
                 take.chain, take.index, take.offset = None, 0, 0
                 take.draw.manual_seed(self.seed)
-        yield from self.play(take, mark.past)
+        yield from self.play(take, last.past)
 
     @property
     def settled(self):
@@ -217,7 +217,7 @@ class Streamer:
     def play(self, take, past=None):
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
-                take.after.append(Mark((chunk.frame + len(chunk.frames)) * FRAME, chunk.state, chunk.past))
+                take.after.append(Checkpoint((chunk.frame + len(chunk.frames)) * FRAME, chunk.state, chunk.past))
                 for shown in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
                     take.pictures.pop(shown)
                 chunk.state = chunk.past = None

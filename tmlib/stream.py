@@ -83,7 +83,7 @@ class Streamer:
     context_noise, first_ts: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
     placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
     one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
-    of the K/V caches: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more
+    of the previous chunk's K/V: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more
     copy). blocking: two_process without overlap of transfers.
     worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """

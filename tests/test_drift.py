@@ -80,7 +80,8 @@ TURNS = [(0.0, True), (3.0, False), (6.0, True), (9.0, False)]              # of
 
 def spoken(late=0):
     """Mouths (192,) that open and shut in speech, and rest between, `late` frames behind."""
-    truth = np.where(np.arange(192) // 48 % 2 == 0, 0.5 + 0.45 * np.sin(np.arange(192) * 1.3), 0.0)
+    k = np.arange(192)
+    truth = np.where((k // 48 % 2 == 0) & (k % 48 > 2), 0.5 + 0.45 * np.sin(k * 1.3), 0.0)
     return truth, np.r_[np.zeros(late), truth[:192 - late]]
 
 

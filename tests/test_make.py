@@ -21,7 +21,7 @@ stages:
     cmd: python -m tmlib.notebook notebooks/10_toy.ipynb reports/nb/10_toy.ipynb
     deps: [notebooks/10_toy.ipynb, tmlib/config.py]
     params: [common, toy]
-    outs: [reports/nb/10_toy.ipynb, data/clips]
+    outs: [reports/nb/10_toy.ipynb: {cache: false}, data/clips]
     metrics:
       - reports/metrics/toy.json: {cache: false}
 """
@@ -76,7 +76,7 @@ def test_repro_at_two_scales_leaves_git_as_it_should_be(tree, git):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the report: reports/index.html" in done.stdout and metric(tree) == {"scale": "mini", "steps": 100}
     assert f"code {tree / 'tmlib'}" in done.stdout
-    assert sorted(git(tree, "status", "--porcelain", "-uall").split("\n")) == ["", "?? reports/metrics/toy.json", "A  dvc.lock"]
+    assert sorted(git(tree, "status", "--porcelain", "-uall").split("\n")) == ["", "?? reports/metrics/toy.json", "?? reports/nb/10_toy.ipynb", "A  dvc.lock"]
     git(tree, "add", "-A")
     git(tree, "commit", "-m", "results")
 

@@ -163,12 +163,14 @@ def test_a_failed_bar_decides_before_a_missing_one():
 
 def test_bars_made_of_other_numbers_follow_them():
     at = lambda **changes: claims.judge(measured(good(), **changes))
-    assert at()["C3"]["parts"][0]["bar"] == pytest.approx(0.08 * 0.31 + 0.01)
+    assert at()["C3"]["parts"][1]["bar"] == pytest.approx(0.08 * 0.31 + 0.01)
     assert at(teacher__reader_closed_bias=0.0)["C3"]["holds"] is False
-    assert at(teacher__frechet=2.0)["C4"]["holds"] is False
+    assert at(student__listening_motion_real=0.6)["C3"]["holds"] is False                   # it flickers
+    assert at(student__listening_motion_real=2.1)["C3"]["holds"] is False                   # it stands still
     assert at(student__frechet_ratio=1.02)["C4"]["holds"] is False                          # nothing gained by distilling
-    missing = at(teacher__frechet=None)["C4"]
-    assert missing["holds"] is None and "frechet" in missing["reason"]
+    assert at(streaming__drift_identity_1=0.02)["C5"]["holds"] is False
+    missing = at(teacher__reader_closed_bias=None)["C3"]
+    assert missing["holds"] is None and "reader_closed_bias" in missing["reason"]
 
 
 def test_an_interval_across_the_bar_is_said_to_be_narrow():

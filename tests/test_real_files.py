@@ -113,7 +113,7 @@ def test_what_is_null_is_so_for_a_reason(run):
     parts = {part["metric"]: part for claim in claims.values() for part in claim["parts"]}
     for style in ("flat", "line", "soft3d"):
         assert parts[f"teacher:lip_r_{style}"]["holds"] is None and "no clip of this style" in parts[f"teacher:lip_r_{style}"]["reason"]
-    for kind in ("accent", "rate"):
+    for kind in ("accent", "slow", "fast"):
         assert parts[f"robustness:lip_r_ratio_{kind}"]["holds"] is None and "real clips" in parts[f"robustness:lip_r_ratio_{kind}"]["reason"]
     assert "no list says" in parts["dialogue:right_unseen"]["reason"]
     for metric in ("teacher:lip_r", "student:teacher_ratio", "streaming:toggle_latency_frames", "robustness:lip_r_ratio_noise"):

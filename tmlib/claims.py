@@ -37,86 +37,86 @@ def quiet(m: dict) -> float:
     return 0.08 * m["speaking_opening_mean"] + m["reader_closed_bias"]
 
 
-SHUT = "mouth opening while listening; allowed: 8 % of that in speech, plus what the reader sees on truly closed mouths"
-NOISE = "less than 5 % is not worth having; the interval says how sure it is"
+SHUT = "mouth opening while listening; allowed: 8 % of the opening in speech, plus what the lip reader reads on mouths that are truly closed"
+NOISE = "a difference below 5 % does not count; the interval says how sure it is"
 
 CLAIMS = {
-    "C1": Claim("An image-to-video model learns to move its lips to speech, to sentences and voices that it has never heard.", (
-        Bar("teacher", "lip_r", ">=", 0.85, "lip r, sentences, voices (of espeak-ng) and faces unseen; a trial before the first line was written had 0.86, where its codec allowed 0.92"),
-        Bar("teacher", "lip_r_shuffled", "within", 0.10, "lip r against another's speech: no moving mouth may fit that"),
-        Bar("teacher", "lip_offset_frames", "within", 1, "shift at the best fit; ITU-R BT.1359 accepts one frame, 62 ms"))),
+    "C1": Claim("An image-to-video model learns to move its lips to speech, for sentences and voices that it has never heard.", (
+        Bar("teacher", "lip_r", ">=", 0.85, "lip r, sentences, voices (of espeak-ng) and faces unseen; a trial before the workbook was begun reached 0.86, with a codec that allowed 0.92"),
+        Bar("teacher", "lip_r_shuffled", "within", 0.10, "lip r against the truth of other clips' speech; the mouth must not fit speech that it was not given"),
+        Bar("teacher", "lip_offset_frames", "within", 1, "frames by which the lips must be shifted to fit best; ITU-R BT.1359 accepts one frame, 62 ms"))),
     "C2": Claim("It does so in every style: flat (anime), line-shaded, and soft 3D, which stands in for photographs.", tuple(
-        Bar("teacher", f"lip_r_{style}", ">=", 0.80, f"lip r, {style}; a single style may lose a little more than all together")
+        Bar("teacher", f"lip_r_{style}", ">=", 0.80, f"lip r, {style}; a single style may be a little worse than all styles together")
         for style in ("flat", "line", "soft3d"))),
     "C3": Claim("Speaking and listening are both natural, and it turns from one to the other live.", (
-        Bar("streaming", "toggle_latency_frames", "<=", 12, "frames until the mouth has opened, or has shut for good; a chunk is twelve"),
+        Bar("streaming", "toggle_latency_frames", "<=", 12, "frames until the mouth has opened, or has shut for the rest of the pause; a chunk is twelve frames"),
         Bar("teacher", "listening_opening_mean", "<=", lambda m: quiet(m["teacher"]), f"teacher: {SHUT}"),
         Bar("student", "listening_opening_mean", "<=", lambda m: quiet(m["student"]), f"student: {SHUT}"),
         *(Bar(who, "listening_motion", op, lambda m, who=who, times=times: times * m[who]["listening_motion_real"], f"{who}: picture change while listening; {why}")
-          for who in ("teacher", "student") for op, times, why in (("<=", 1.5, "half as much again as real clips is a flicker that one sees"), (">=", 0.5, "half of it is a face that hardly lives"))))),
+          for who in ("teacher", "student") for op, times, why in (("<=", 1.5, "one and a half times that of real clips is visible flicker"), (">=", 0.5, "half that of real clips is a face that hardly lives"))))),
     "C4": Claim("Distilled to two denoising steps, the student keeps the teacher's quality.", (
-        Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a twentieth is about as wide as the interval"),
-        Bar("student", "teacher_frechet_ratio", "<=", 1.25, "Fréchet distance over the teacher's; a quarter more is a loss that one hardly sees"),
+        Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a loss of a twentieth is about as wide as the interval"),
+        Bar("student", "teacher_frechet_ratio", "<=", 1.25, "Fréchet distance over the teacher's; a quarter more can hardly be seen"),
         Bar("student", "steps", "<=", 2, "denoising steps; the paper has two"),
-        Bar("student", "frechet_ratio", "<=", 1.0, "Fréchet distance over that of the same weights in two steps, undistilled; above one, distilling would have brought nothing"),
-        Bar("ablated", "distilling_quality_gain", ">", 0, "lip r gained by a short distillation from a teacher that is told nothing about the picture, so that two steps are too few at first, on validation clips; any"),
-        Bar("ablated", "distilling_frechet_ratio", "<=", 1.0, "Fréchet distance after it over that before"))),
-    "C5": Claim("Sparse-causal attention streams without end and without piling up errors.", (
+        Bar("student", "frechet_ratio", "<=", 1.0, "Fréchet distance over that of the same weights in two steps, undistilled; above one, distilling would have gained nothing"),
+        Bar("ablated", "distilling_quality_gain", ">", 0, "lip r gained by a short distillation without the reference picture's help, on validation clips; without that help two steps are too few at first, so any gain counts"),
+        Bar("ablated", "distilling_frechet_ratio", "<=", 1.0, "Fréchet distance after that short distillation over that before; above one, it would have gained nothing"))),
+    "C5": Claim("Sparse-causal attention streams without end and without accumulating errors.", (
         Bar("streaming", "lip_r_last_minute", ">=", lambda m: m["streaming"]["lip_r_first_minute"] - 0.03,
-            "lip r in the last minute; that of the first, less a typical interval"),
+            "lip r in the last minute; at least that of the first minute, less 0.03, a typical interval"),
         Bar("streaming", "chunks", ">=", 1000, "chunks in one stream; a thousand are twelve and a half minutes"),
         Bar("streaming", "drift_color_1000", "<=", lambda m: m["streaming"]["drift_color_1"] + 2.3,
-            "Lab colour distance to the picture at chunk 1000; 2.3 above that of the first five is just noticeable"),
+            "Lab colour distance to the picture at chunk 1000; 2.3 above that of the first five chunks is just noticeable"),
         Bar("streaming", "drift_sharpness_1000", ">=", lambda m: 0.9 * m["streaming"]["drift_sharpness_1"],
-            "sharpness at chunk 1000; at most a tenth below that of the first five"),
+            "sharpness at chunk 1000; at most a tenth below that of the first five chunks"),
         Bar("streaming", "drift_identity_1000", "<=", lambda m: 1.25 * m["streaming"]["drift_identity_1"],
-            "distance to the picture's face features at chunk 1000; at most a quarter above that of the first five"),
-        Bar("ablated", "forgetting", "<=", 1.25, "told nothing about the picture: distance to its face features in the last third of a stream over that in its second and third chunk; at most a quarter more"),
-        Bar("ablated", "forgetting_without_chunk_0", ">=", 2, "the same ratio for a student that never sees chunk 0: it must double at least, or the line above could not fail"),
+            "distance to the picture's face features at chunk 1000; at most a quarter above that of the first five chunks"),
+        Bar("ablated", "forgetting", "<=", 1.25, "without the reference picture's help: distance to the picture's face features in the last third of a stream over that in its second and third chunk; at most a quarter more"),
+        Bar("ablated", "forgetting_without_chunk_0", ">=", 2, "the same, late over early distance, for a student that never sees chunk 0; it must at least double, or the bar above could not fail"),
         Bar("student", "seam_ratio", "<=", lambda m: 1.1 * m["student"]["seam_ratio_real"],
-            "picture change across chunk borders over that across other latent frames' borders; at most a tenth above real clips"))),
+            "picture change across chunk borders over that across the borders of other latent frames; at most a tenth above real clips"))),
     "C6": Claim("Putting DiT and decoder on two devices raises the frame rate.", (
-        Bar("latency", "speedup_two_device", ">=", 1.05, f"frame rate on two devices (here two cores) over one, transfers blocking; {NOISE}"),),
+        Bar("latency", "speedup_two_device", ">=", 1.05, f"frame rate on two devices (here two cores) over that on one, with blocking transfers; {NOISE}"),),
         "needs two cores or two GPUs, timed by notebook 65"),
     "C7": Claim("Overlapping the transfer with computation raises it further.", (
-        Bar("latency", "speedup_overlap", ">=", 1.05, f"frame rate with asynchronous transfers over blocking ones; {NOISE}"),),
+        Bar("latency", "speedup_overlap", ">=", 1.05, f"frame rate with asynchronous transfers over that with blocking ones; {NOISE}"),),
         "needs two cores or two GPUs, timed by notebook 65"),
     "C8": Claim("Leaving out all repeated computation raises it further.", (
-        Bar("latency", "speedup_no_recompute", ">=", 1.05, f"frame rate, embeddings kept over made anew; {NOISE}"),
-        Bar("latency", "speedup_kv_cache", ">=", 1.05, f"frame rate with cached keys and values over without; {NOISE}"))),
+        Bar("latency", "speedup_no_recompute", ">=", 1.05, f"frame rate with cached embeddings over that with recomputed ones; {NOISE}"),
+        Bar("latency", "speedup_kv_cache", ">=", 1.05, f"frame rate with cached keys and values over that without; {NOISE}"))),
     "C9": Claim("At full size, chunk 3 with 2 steps is real-time on one H100-class GPU; chunk 7 with 4 steps is not.", (
         Bar("full_size", "chunk3_steps2_fps", ">=", 16, "frames per second at chunk 3, 2 steps; Wan2.1 plays 16"),
         Bar("full_size", "chunk7_steps4_fps", "<=", 16, "the same at chunk 7, 4 steps, which needs more than one GPU")),
         "needs an H100-class GPU: python -m tmlib.bench"),
     "C10": Claim("More steps and larger chunks raise quality, and cost.", (
-        Bar("ablated", "steps_quality_gain", ">", 0, "lip r gained from 2 to 4 steps, on validation clips; any"),
-        Bar("ablated", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7, on validation clips; any"),
-        Bar("ablated", "steps_frechet_ratio", "<=", 1, "Fréchet distance at 4 steps over 2"),
-        Bar("ablated", "chunk_frechet_ratio", "<=", 1, "Fréchet distance at chunk 7 over 3"),
-        Bar("ablated", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over 2; {NOISE}"),
-        Bar("ablated", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over 3; {NOISE}")),
+        Bar("ablated", "steps_quality_gain", ">", 0, "lip r gained from 2 to 4 steps, on validation clips; any gain counts"),
+        Bar("ablated", "chunk_quality_gain", ">", 0, "lip r gained from chunk 3 to 7, on validation clips; any gain counts"),
+        Bar("ablated", "steps_frechet_ratio", "<=", 1, "Fréchet distance at 4 steps over that at 2"),
+        Bar("ablated", "chunk_frechet_ratio", "<=", 1, "Fréchet distance at chunk 7 over that at 3"),
+        Bar("ablated", "steps_cost_ratio", ">=", 1.05, f"time per frame at 4 steps over that at 2; {NOISE}"),
+        Bar("ablated", "chunk_cost_ratio", ">=", 1.05, f"time per frame at chunk 7 over that at 3; {NOISE}")),
         "needs the ablations four_steps and chunk_7"),
     "C11": Claim("An audio language model drives it in a live conversation.", (
-        Bar("conversation", "reply_ms_p95", "<=", 1000, "ms from the caller's last sound to the answer's first, 95 of 100; people wonder after a second"),
+        Bar("conversation", "reply_ms_p95", "<=", 1000, "ms from the caller's last sound to the answer's first, 95th percentile; people wonder after a second"),
         Bar("conversation", "turns", ">=", 10, "turns answered in each call; enough to go back and forth"),
         Bar("dialogue", "right_unseen", ">=", 0.9, "answers right to the word, sentences and voices (of espeak-ng) unheard; one in ten may be wrong"),
-        Bar("conversation", "right_live", ">=", 0.9, "answers right to the word in the calls, of those broken off the words that were spoken; as above"),
+        Bar("conversation", "right_live", ">=", 0.9, "answers right to the word in the calls; of an answer that was broken off only the spoken words count, and one in ten may be wrong"),
         Bar("conversation", "lip_r", ">=", 0.85, "lip r of each answer in the calls, one face and voice; the bar of C1"),
         Bar("conversation", "listening_opening_mean", "<=", lambda m: quiet(m["student"]), f"in the calls: {SHUT}"),
-        Bar("conversation", "interrupted_ms_max", "<=", 500, "ms until an interrupted face is silent, the slowest; half of what an answer may take"),
-        Bar("conversation", "late", "<=", 0.01, "share of frames that were not there in time; one in a hundred")),
+        Bar("conversation", "interrupted_ms_max", "<=", 500, "ms until an interrupted face is silent, in the slowest case; half of what an answer may take"),
+        Bar("conversation", "late", "<=", 0.01, "share of frames that came late; at most one in a hundred")),
         "no call was held: dvc repro conversation"),
     "N1": Claim("Lips survive foreign accents, slow and fast speech, and background noise.", tuple(
-        Bar("robustness", f"lip_r_ratio_{kind}", ">=", 0.9, f"lip r with {kind} over that without; a tenth may be lost")
+        Bar("robustness", f"lip_r_ratio_{kind}", ">=", 0.9, f"lip r, {kind}, over that of plain speech; a tenth may be lost")
         for kind in ("accent", "slow", "fast", "noise")), "the robustness sweep has not been run"),
     "N2": Claim("The distillation also works from a teacher of another architecture.", (
         Bar("other_teacher", "teacher_ratio", ">=", 0.95, "lip r over its convolutional teacher's, as in C4"),
-        Bar("other_teacher", "teacher_lip_r", ">=", 0.80, "that teacher's own lip r; to keep a poor one's quality is no feat"),
+        Bar("other_teacher", "teacher_lip_r", ">=", 0.80, "that teacher's own lip r; to keep a poor teacher's quality would be no feat"),
         Bar("other_teacher", "student_lip_r_shuffled", "within", 0.10, "lip r against another's speech, as in C1")),
         "no second teacher has been trained: dvc repro other_teacher"),
-    "N3": Claim("People who do not know which is which prefer it to the baseline, side by side.", (
-        Bar("user_study", "preference", ">", 0.5, "share of blind votes for it; half is chance"),
-        Bar("user_study", "voters", ">=", 10, "voters who passed the checks; by fewer nothing is settled, whatever they prefer")),
+    "N3": Claim("People who see both side by side, not knowing which is which, prefer the student to the baseline.", (
+        Bar("user_study", "preference", ">", 0.5, "share of blind votes for the student; half is chance"),
+        Bar("user_study", "voters", ">=", 10, "voters who passed the checks; with fewer, nothing is settled, whatever they prefer")),
         "nobody has been asked yet: make study"),
 }
 

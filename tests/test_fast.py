@@ -224,10 +224,23 @@ def test_attention_kernels_are_chosen_by_name():
 
 # The video decoder
 
+@pytest.mark.parametrize("known", [None, 1, 2])
+@pytest.mark.parametrize("by_frames", [False, True])
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
-def test_frames_stacked_are_a_3d_convolution(kernel):
-    conv, x = torch.nn.Conv3d(4, 6, kernel), torch.randn(2, 4, 7, 5, 6)
-    torch.testing.assert_close(fast.by_frames(x, conv.weight, conv.bias), conv(x))
+def test_convolutions_of_the_decoder_are_diffusers(kernel, by_frames, known):
+    """Whatever is known of the past: nothing, one frame or two."""
+    conv = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan").WanCausalConv3d(4, 6, kernel, padding=tuple(k // 2 for k in kernel))
+    x, past = torch.randn(2, 4, 3, 5, 6), known and torch.randn(2, 4, known, 5, 6)
+    torch.testing.assert_close(fast.causal_conv(conv, by_frames, x, past), conv(x, past))
+
+
+def test_pictures_are_doubled_without_float32():
+    pytest.importorskip("diffusers")
+    vae, x = stand_in.random_vae(torch.device("cpu"), torch.bfloat16, **WAN_VAE), torch.randn(2, 3, 5, 6).bfloat16()
+    doubled = [m for m in vae.net.decoder.modules() if isinstance(m, torch.nn.Upsample)]
+    before = [m(x) for m in doubled]
+    fast.decoder(vae, ("channels_last",), 2)
+    assert len(doubled) == 3 and all(torch.equal(m(x), y) and m(x).dtype == torch.bfloat16 for m, y in zip(doubled, before))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +255,7 @@ def decoded(switches):
     return stand_in.two_chunks(fast.decoder(vae, switches, 2, "eager"), 2, torch.device("cpu"), cells=2)
 
 
-@pytest.mark.parametrize("switches", [("together",), ("channels_last",), ("by_frames",), ("together", "by_frames", "compile")], ids=str)
+@pytest.mark.parametrize("switches", [("together",), ("channels_last",), ("by_frames", "channels_last"), ("together", "by_frames", "compile")], ids=str)
 def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
     torch._dynamo.reset()
     assert pictures.shape == (1, 3, 13, 16, 16) and error(decoded(switches), pictures) < 1e-4
@@ -251,7 +264,7 @@ def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
 def test_the_decoder_attends_whatever_kernel_the_model_was_given():
     """Its head of 384 fits neither flash nor cuDNN, and the choice holds for the whole process."""
     on = lambda: [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
-    vae = SimpleNamespace(net=torch.nn.Identity(), decode=lambda z, past=None: (on(), past))
+    vae = SimpleNamespace(net=SimpleNamespace(decoder=torch.nn.Identity()), decode=lambda z, past=None: (on(), past))
     fast.use_attention("flash")
     try:
         assert fast.decoder(vae, (), 3).decode(None, past=1) == ([True] * 4, 1) and on() == [True, False, False, False]

@@ -30,6 +30,8 @@ from .stand_in import DTYPES, bounded_error, named
 SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")                           # of the model
 DECODER = ("together", "by_frames", "channels_last", "autotune", "compile")
 PARTS = ("eager", "together", "alone")                    # of the measurements: --parts
+WITHOUT = ((), ("graphs",), ("attention",), ("compile",), ("compile", "graphs"))      # if all switches together fail: all but these, in turn
+SHORT_S = 30                                              # what an attempt of a new kind is thought to take
 OVER = "no time left in the budget"
 ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
 
@@ -64,7 +66,7 @@ def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
-    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either; what takes minutes to prepare comes last."""
+    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either; what may take minutes to prepare comes last."""
     able = tuple(s for s in DECODER if args.compile or s != "compile")
     but = lambda *left_out: tuple(s for s in able if s not in left_out)
     together = [*((s,) for s in but("autotune", "compile")), but("by_frames", "autotune"), but("autotune"), but("by_frames"), able]
@@ -88,20 +90,22 @@ class Session:
                        "missing": {} if self.diffusers else {"diffusers": ALONE}, "least_gb": {str(s): least(s) for s in args.settings},
                        "planned_gb": {f"{s} {d}": planned(s, width) for s in args.settings for d, width in plan.WIDTHS.items()}}
 
-    def attempt(self, what, do, kind=None):
-        """do(), if it will probably end in time; out of memory, no such kernel: a line in "missing", and the rest still counts."""
-        started, kind = time.monotonic(), kind or what
-        if started + self.longest.get(kind, max(self.longest.values(), default=0)) - self.began > 60 * self.args.budget_minutes:
-            self.result["missing"][what] = OVER
+    def attempt(self, what, do, kind=None) -> bool:
+        """do(), if it will probably end in time, as long as the longest of its kind took; out of memory, no such kernel: a line in
+        "missing", and the rest still counts. Whether it may be tried no further: done, or out of time."""
+        started, kind, missing = time.monotonic(), kind or what, self.result["missing"]
+        if started + self.longest.get(kind, SHORT_S) - self.began > 60 * self.args.budget_minutes:
+            missing[what] = OVER
         else:
             try:
                 do()
             except Exception as error:                                  # whatever it is: the other measurements are not to blame
                 lines = str(error).strip().splitlines() or [""]
-                self.result["missing"][what] = f"{type(error).__name__}: {lines[0][:200]}"
-                print(f"{what:44s} {self.result['missing'][what]}", flush=True)
-        self.longest[kind] = max(self.longest.get(kind, 0), time.monotonic() - started)
+                missing[what] = f"{type(error).__name__}: {lines[0][:200]}"
+                print(f"{what:44s} {missing[what]}", flush=True)
+            self.longest[kind] = max(self.longest.get(kind, 0), time.monotonic() - started)
         self.save(self.result)
+        return missing.get(what, OVER) == OVER
 
     def machine(self):
         """What it can do at most, its best attention kernel, whether it compiles; then the latents that every form is held against."""
@@ -111,7 +115,7 @@ class Session:
             self.attempt("fp8 product", lambda: most.update(timing.fp8_ceiling(most["matmul_n"], dtype, device, args.repeats)))
         ms = self.result["attention_ms"] = timing.attention_kernels(self.c, first.chunk, math.prod(self.place), dtype, device, args.repeats)
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
-        self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get)
+        self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get, default="auto")
         self.latents = stand_in.shallow_latents(args, (), self.kernel, self.place, device, exact=True)
         if args.compile:
             small = lambda: torch.compile(lambda x: x.sin() + 1, backend=args.backend)(torch.ones(8, device=device))
@@ -124,9 +128,10 @@ class Session:
         shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 0}
         if self.pictures is None:
             self.pictures = stand_in.two_chunks(stand_in.random_vae(device, dtype, **shape).float(), chunk, device)
-        fast.autotune("autotune" in switches)
+        fast.autotune(False)                                            # not for the check's small pictures
         vae = fast.decoder(stand_in.random_vae(device, dtype, **shape), switches, chunk, args.backend)
         error = bounded_error(stand_in.two_chunks(vae, chunk, device), self.pictures, dtype, f"the decoder with {label}")
+        fast.autotune("autotune" in switches)
         rows, columns = self.place
         z = torch.randn(1, 16, chunk, 2 * rows, 2 * columns, generator=torch.Generator(device).manual_seed(3), device=device)
         found = self.result["vae"][label] = {"error": error, **timing.decoder(vae, z, args.repeats, device), **shape}
@@ -145,7 +150,7 @@ class Session:
         def at(setting):
             played, vae = stand_in.Stream(dit, setting, place, device), self.vae if len(switches) != 1 else None
             row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error}
-            row |= timing.stream(played, place, device, args.repeats, self.result["machine"]["matmul_tflops"])
+            row |= timing.stream(played, place, device, args.repeats, self.result["machine"])
             self.result["runs"][f"{setting} {label}"] = row                            # known, and what does not fit beside it takes nothing away
             if vae is not None:
                 beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
@@ -162,6 +167,15 @@ class Session:
         elif switches == forms(args, device)["together"][-1]:
             self.attempt("profile", lambda: self.result.update(profile=timing.where_time_goes(dit, first, place, device)))
 
+    def try_all(self, switches, settings):
+        """`run`; several switches that fail together are tried again without one or two of them."""
+        for fewer in dict.fromkeys(tuple(s for s in switches if s not in left_out) for left_out in (WITHOUT if len(switches) > 1 else WITHOUT[:1])):
+            if self.attempt(named(fewer), lambda: self.run(fewer, settings)):
+                return
+
+    def decode(self, switches):
+        self.attempt(f"VAE {named(switches)}", lambda: self.decoder(switches), kind="VAE")
+
 
 @torch.no_grad()
 def bench(args, device, save=lambda result: None) -> dict:
@@ -169,14 +183,15 @@ def bench(args, device, save=lambda result: None) -> dict:
     session = Session(args, device, save)
     session.machine()
     for part in (p for p in PARTS if p in args.parts):
-        for switches in decoders(args)[part] if session.diffusers else ():
-            session.attempt(f"VAE {named(switches)}", lambda: session.decoder(switches), kind="VAE")
-        for switches in forms(args, device)[part]:
-            settings = args.settings if part == "together" else args.settings[:1]
-            session.attempt(named(switches), lambda: session.run(switches, settings), kind=part)
-            plain = tuple(s for s in switches if s != "graphs")
-            if part == "together" and plain != switches and session.result["missing"].get(named(switches), OVER) != OVER:
-                session.attempt(named(plain), lambda: session.run(plain, settings), kind=part)         # recording failed: all the rest
+        settings, able = args.settings if part == "together" else args.settings[:1], decoders(args)[part] if session.diffusers else []
+        best, *others = forms(args, device)[part][::-1]                        # fp8 first
+        for switches in (d for d in able if "autotune" not in d):
+            session.decode(switches)
+        session.try_all(best, settings)
+        for switches in (d for d in able if "autotune" in d):                  # each may take a minute
+            session.decode(switches)
+        for switches in others:
+            session.try_all(switches, settings)
     fast.use_attention("auto"), fast.autotune(False)
     return session.result
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -224,13 +225,15 @@ class Graphed:
 
 def decoder(vae, switches, chunk: int, backend="inductor"):
     """A `wan_vae.WanVAE` with switches on. together: all latents of a chunk in one call; by_frames: 2D convolutions for 3D ones;
-    channels_last: the layout of tensor cores; compile: norms fused with what follows. For "autotune" see `autotune`."""
+    channels_last: the layout of tensor cores, and no way through float32; compile: norms fused with what follows. For "autotune" see `autotune`."""
     vae.together = chunk if "together" in switches else 1
-    for conv in (m for m in vae.net.modules() if isinstance(m, nn.Conv3d)):
-        if "by_frames" in switches:
-            conv._conv_forward = by_frames
-        if "channels_last" in switches:
-            conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last_3d)
+    for m in vae.net.decoder.modules():
+        if isinstance(m, nn.Conv3d) and {"by_frames", "channels_last"} & set(switches):
+            m.forward = partial(causal_conv, m, "by_frames" in switches)
+        if isinstance(m, nn.Upsample) and "channels_last" in switches:
+            m.forward = partial(nn.Upsample.forward, m)                                      # diffusers' goes through float32
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)) and "channels_last" in switches:
+            m.weight.data = m.weight.data.to(memory_format=torch.channels_last if m.weight.ndim == 4 else torch.channels_last_3d)
     if "compile" in switches:
         fuse_norms(vae.net.decoder, backend)
     vae.decode = any_attention()(vae.decode)                # its one head is 384 wide: neither flash nor cuDNN takes it
@@ -258,15 +261,25 @@ def fuse_norms(decoder, backend="inductor") -> None:
         module.nonlinearity = nn.Identity()
 
 
-def by_frames(x, weight, bias):
-    """A 3D convolution of padded x (B, C, T + k - 1, H, W), stride 1, as one 2D convolution over k stacked frames: cuDNN has more and faster
-    kernels for these, and some of its versions have none for bfloat16 in 3D."""
-    k = weight.shape[2]
-    x = x.movedim(1, 2)                                                                  # (B, T + k - 1, C, H, W)
-    x = torch.cat([x[:, i : x.shape[1] - k + 1 + i] for i in range(k)], 2)               # (B, T, k C, H, W)
-    flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(flat, weight.movedim(2, 1).flatten(1, 2), bias)                         # (B T, D, H, W)
-    return y.unflatten(0, x.shape[:2]).movedim(1, 2)                                     # (B, D, T, H, W)
+def causal_conv(conv, by_frames: bool, x, past=None):
+    """diffusers' WanCausalConv3d, stride 1, without its copy of the whole input to put zeros around: x (B, C, T, H, W) -> (B, D, T, H, W).
+    past: the frames before, as many as are known, at most those that the kernel sees.
+
+    by_frames: as one 2D convolution over k stacked frames, for which cuDNN has more and faster kernels; some of its versions have none for
+    bfloat16 in 3D. Channels last from end to end: a copy into another layout costs as much as the convolution of a narrow layer.
+    """
+    T, k, (side, _, above, _, before, _) = x.shape[2], conv.kernel_size[0], conv._padding
+    if past is not None and before:
+        x = torch.cat([past.to(x.device), x], 2)
+    if x.shape[2] < T + before:                                                          # the stream begins here
+        x = F.pad(x, (0, 0, 0, 0, T + before - x.shape[2], 0))
+    if not by_frames:
+        return F.conv3d(x, conv.weight, conv.bias, padding=(0, above, side))
+    x = x.permute(0, 2, 3, 4, 1)                                                         # (B, T + k - 1, H, W, C)
+    x = torch.cat([x[:, i : i + T] for i in range(k)], -1) if k > 1 else x               # (B, T, H, W, k C)
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
+                 conv.weight.movedim(2, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last), conv.bias, padding=(above, side))
+    return y.unflatten(0, (-1, T)).movedim(1, 2)                                         # (B, D, T, H, W)
 
 
 def autotune(on: bool) -> None:

@@ -19,6 +19,7 @@ from .chain import bare
 from .stand_in import Scene, Stream, alive, bounded_error, of_diffusers
 
 LONGEST_S = 8                                             # of timing one form at one setting, warm-up aside
+SUSTAINED_S = 1.5                                         # of matrix products without a pause
 KINDS = {"fused elementwise": "triton", "attention": "flash|fmha|sdpa|attention", "matrix products": "gemm|nvjet|cutlass|xmma|mm|linear",
          "copies": "copy|memcpy|memset|cat"}
 
@@ -63,11 +64,14 @@ def held(device) -> int:
 # The machine
 
 def ceilings(dtype, device, repeats=20) -> dict:
-    """TFLOP/s of a large square matrix product of random numbers, GB/s of a copy (bytes read and written)."""
+    """TFLOP/s of a large square matrix product of random numbers, at first and when it goes on; GB/s of a copy (bytes read and written)."""
     n = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    rate = 2 * n ** 3 / median(lambda: a @ b, repeats, device) / 1e9
-    found = {"matmul_tflops": rate, "matmul_n": n, "matmul_dtype": str(dtype).removeprefix("torch.")}
+    product, rate = lambda: a @ b, lambda ms: 2 * n ** 3 / ms / 1e9
+    ms = median(product, repeats, device)
+    found = {"matmul_tflops": rate(ms), "matmul_n": n, "matmul_dtype": str(dtype).removeprefix("torch.")}
+    long = max(repeats, round(1000 * (SUSTAINED_S if device.type == "cuda" else 0.05) / ms))         # a card that has run for a second is warm, and slower
+    found["matmul_sustained_tflops"] = rate(typical(measure(product, long, device)[long // 2:])["ms_p50"])
     source = torch.randn(2 ** (30 if device.type == "cuda" else 20) // 4, device=device)
     target = torch.empty_like(source)
     found["copy_gb_per_s"] = 2 * source.nbytes / median(lambda: target.copy_(source), repeats, device) / 1e6
@@ -105,10 +109,10 @@ def attention_kernels(c, chunk, tokens, dtype, device, repeats=20) -> dict[str, 
 
 # The stream
 
-def stream(played, place, device, n: int, rate: float) -> dict:
+def stream(played, place, device, n: int, machine: dict) -> dict:
     """One form at one setting: steady chunks, and whether memory stays.
 
-    played: a new `stand_in.Stream`; place: rows and columns of tokens; n: chunks at most; rate: TFLOP/s of this machine's matrix products.
+    played: a new `stand_in.Stream`; place: rows and columns of tokens; n: chunks at most; machine: its `ceilings`.
     """
     setting = played.setting
     counted = plan.total(plan.chunk_flops(bare(played.dit).config, setting.chunk, math.prod(place), setting.steps))
@@ -120,7 +124,8 @@ def stream(played, place, device, n: int, rate: float) -> dict:
     found = typical(measure(lambda: last.__setitem__(slice(None), [played.next()]), n, device))
     alive(last.pop(), "the timed stream")
     found |= {"grown_bytes": held(device) - before, "tflop": counted / 1e12, "tflops": counted / found["ms_p50"] / 1e9}
-    found |= {"mfu": found["tflops"] / rate, "dit_fps": 4000 * setting.chunk / found["ms_p50"]}
+    found |= {"mfu": found["tflops"] / machine["matmul_tflops"], "mfu_sustained": found["tflops"] / machine["matmul_sustained_tflops"]}
+    found |= {"dit_fps": 4000 * setting.chunk / found["ms_p50"]}
     return found | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
 
 
@@ -166,13 +171,15 @@ def decode_on(side, vae, x_0, past):
 
 def placements(vae, played, n, device) -> Iterator[dict[str, float]]:
     """Milliseconds of a chunk and frames per second of DiT and decoder on this one device: "serial", and on a GPU "overlap", where the
-    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream. One by one: a side stream takes memory of its own.
+    DiT makes the next chunk meanwhile; then the time to the first frames of a new stream. One by one: the side stream may not fit.
 
     played: a `stand_in.Stream` in its steady state; it begins anew.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for name, side in (("serial", None), *([("overlap", torch.cuda.Stream())] if device.type == "cuda" else [])):
         past = None
+        if side:
+            torch.cuda.empty_cache()                                    # it takes memory of its own
         for k in range(n + 2):                                          # two chunks fill the decoder's cache and load its kernels
             if k == 2:
                 wait()

@@ -1,6 +1,7 @@
 """Training and sampling with the networks on another device than the clips.
 
-The other device is torch's `meta`, which has shapes but no numbers and, like a GPU, meets no tensor of the CPU in an operation.
+The other device is torch's `meta`, which has shapes but no numbers and, like a GPU, meets no tensor of the CPU in an operation;
+or one of our own, from which tensors may come back.
 """
 
 from types import SimpleNamespace
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from tests.tiny import distillation, make_dit, make_latents
-from tmlib import distill, sampling, train
+from tmlib import dialogue, distill, placement, sampling, train
+from tmlib.audio import SpeechConfig
+from tmlib.data import to_float
+from tmlib.muon import Muon
+from tmlib.vae import VAEConfig, VideoVAE
 
 PLAYERS = SimpleNamespace(batch=2, at_once=None, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
 
@@ -63,3 +68,72 @@ def test_the_clips_themselves_would_not_do(latents):
     batch = latents.batch([0, 1])
     with pytest.raises(RuntimeError, match="device"):
         sampling.denoiser(elsewhere(), batch)(batch.z, torch.zeros(2))
+
+
+# The other networks, and what must come home
+
+@pytest.fixture
+def card():
+    """A device that has shapes alone, too, but from which a tensor may come back: torch's fake tensors, on a backend of this test's own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils import backend_registration
+    if torch._C._get_privateuse1_backend_name() != "card":
+        backend_registration._setup_privateuseone_for_python_backend("card")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("card")
+
+
+def put(net, device):
+    """`net.to(device)`, which torch refuses for fake tensors."""
+    for module in net.modules():
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                held[name] = x if x is None else torch.nn.Parameter(x.detach().to(device)) if held is module._parameters else x.to(device)
+    return net
+
+
+def codec(device):
+    return put(VideoVAE(VAEConfig(patch=4, encoder=(8, 8), decoder=(8, 8), blocks=1, kernel_f=3)), device)
+
+
+def test_the_codec_gives_back_where_it_was_given(card):
+    vae, film = codec(card), torch.randn(1, 3, 9, 16, 16)
+    z = vae.encode(film)
+    video, past = vae.decode(z)
+    more, _ = vae.decode(z, past)
+    assert [x.device.type for x in (z, video, more, *past)] == ["cpu"] * 3 + ["card"] * len(past)
+    assert video.shape == film.shape and vae.decode(z.to(card))[0].device == vae.mean.device
+    vae.set_statistics(vae.analyse(film.to(card)))
+    assert vae.cost.device == vae.mean.device
+
+
+def test_the_codec_learns_from_bytes():
+    vae, film = codec("meta"), torch.zeros(2, 9, 16, 16, 3, dtype=torch.uint8, device="meta")
+    learns(vae, vae.loss(to_float(film), torch.ones(2, 1, 9, 16, 16, device="meta"), torch.randn(2, 16, 3, 2, 2, device="meta"))["loss"])
+
+
+def test_speech_is_heard_there_and_talked_about_anywhere(card):
+    """What a turn sounds like is kept on the CPU, wherever the encoder is and the language model learns."""
+    encoder = SimpleNamespace(cfg=SpeechConfig(), tokens=lambda wave, first, n: torch.zeros(n, 12, 8, device=card))
+    heard = dialogue.heard(encoder, torch.zeros(8000))
+    lm = put(dialogue.DialogueLM(dialogue.DialogueConfig(("yes", "no", "."), heard.shape[1], width=16, layers=1, heads=2)), card)
+    rows, targets = lm.embed([(heard, [0, 2]), (heard, [1, 2], 1)])
+    assert heard.device.type == "cpu" and rows.device == targets.device == lm.head.weight.device and rows.device.type == "card"
+
+
+def test_matrices_are_turned_where_they_are():
+    net = torch.nn.Linear(8, 16, device="meta")
+    net(torch.randn(3, 8, device="meta")).sum().backward()
+    optimiser = Muon([net.weight], lr=0.1)
+    optimiser.step(), optimiser.step()
+    assert optimiser.state[net.weight]["momentum"].is_meta
+
+
+def test_latents_arrive_before_they_are_decoded(monkeypatch):
+    """Onto a CPU a copy must not run ahead: the host reads it at once."""
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: seen.append(non_blocking))
+    chunk = SimpleNamespace(latents=torch.zeros(1), ready=None)
+    for device in ("cpu", "cuda:1"):
+        placement.received(chunk, torch.device(device))
+    assert seen == [False, True]

@@ -126,10 +126,11 @@ class SpeechEncoder(nn.Module):
         silence. Returns (n, tokens_per_latent, dim).
         """
         device = self.head.weight.device
-        place = self.times(first, n).to(device) * (RATE / HOP) - 0.5          # in features, (n, tokens)
-        lo = int(place.min().floor().item()) - self.memory
-        hi = int(place.max().floor().item()) + 2 + self.reach
+        place = self.times(first, n) * (RATE / HOP) - 0.5                     # in features, (n, tokens)
+        lo = int(place.min().floor()) - self.memory                           # found before the device is asked for anything: it would be waited for
+        hi = int(place.max().floor()) + 2 + self.reach
         feats = self.features(cut(wave, lo * HOP - start, hi * HOP - start).to(device)[None])[0]
+        place = place.to(device)
         left = place.floor()
         a, b = feats[(left - lo).long()], feats[(left - lo + 1).long()]
         return torch.lerp(a, b, (place - left).float()[..., None])            # (n, tokens, dim)

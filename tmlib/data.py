@@ -218,8 +218,8 @@ class Clips:
 
 
 def to_float(frames) -> Tensor:
-    """uint8 (..., T, H, W, 3) -> float32 (..., 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).movedim(-1, -4).float().div_(127.5).sub_(1)
+    """uint8 (..., T, H, W, 3), an array or, where it is to stay, a tensor -> float32 (..., 3, T, H, W) in [-1, 1]."""
+    return (frames if torch.is_tensor(frames) else torch.from_numpy(np.array(frames))).movedim(-1, -4).float().div_(127.5).sub_(1)
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -176,11 +176,11 @@ class DialogueLM(nn.Module):
 
         A turn is (heard (n, heard), answer's ids), or these and of how many words the caller broke it off: the others were never said.
         """
-        parts, targets = [], []
+        parts, targets, device = [], [], self.head.weight.device
         for heard, answer, *spoken in turns:
             n = spoken[0] if spoken else len(answer)
-            parts += [self.ears(heard), self.words(torch.tensor([self.ids[ANSWER], *answer[:n]]))]
-            targets += [torch.full((len(heard),), -100), torch.tensor([*answer, self.ids[END]][:n + 1])]
+            parts += [self.ears(heard.to(device)), self.words(torch.tensor([self.ids[ANSWER], *answer[:n]], device=device))]
+            targets += [torch.full((len(heard),), -100, device=device), torch.tensor([*answer, self.ids[END]][:n + 1], device=device)]
         return torch.cat(parts), torch.cat(targets)
 
     def loss(self, batch: list[list[tuple]]) -> Tensor:
@@ -202,15 +202,15 @@ class DialogueLM(nn.Module):
             if word == self.ids[END]:
                 return
             yield word
-            x = self.words(torch.tensor([[word]]))
+            x = self.words(torch.tensor([[word]], device=x.device))
 
 
 def heard(encoder, wave: np.ndarray) -> Tensor:
-    """Wave (n,) at 16 kHz -> what the language model hears: a row for two video frames (2 ceil(n / 4000), 2 per_frame dim)."""
+    """Wave (n,) at 16 kHz -> what the language model hears: a row for two video frames (2 ceil(n / 4000), 2 per_frame dim), on the CPU."""
     latents = max(-(-len(wave) // 4000), 1)
     tokens = encoder.tokens(wave, 1, latents)                                 # (latents, tokens, D), their context on both sides
     own = encoder.cfg.per_frame * encoder.cfg.context
-    return tokens[:, own:tokens.shape[1] - own].reshape(2 * latents, -1)
+    return tokens[:, own:tokens.shape[1] - own].reshape(2 * latents, -1).cpu()
 
 
 class Partner:

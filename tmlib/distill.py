@@ -43,7 +43,7 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) ->
     index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
     seed = torch.arange(p.pairs) + 1_000_000
     progress, target = Progress(p.pairs, "teacher solutions"), []
-    for k, some in enumerate(torch.arange(p.pairs).split(p.batch)):
+    for k, some in enumerate(torch.arange(p.pairs).split(ranks.WORLD * p.at_once if p.at_once else p.batch)):
         part = Path(kept).with_name(f"{Path(kept).stem}-{k}.safetensors")
         if not part.exists():                                                 # rank 0 writes it once all have seen that it is missing
             made = ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),

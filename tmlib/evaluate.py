@@ -12,7 +12,7 @@ from . import flow, metrics, ranks
 from .config import Progress
 from .data import STYLES, Clips, to_float, to_uint8
 from .latents import Latents
-from .sampling import clip_noise, denoiser
+from .sampling import at_speed, clip_noise, denoiser
 
 
 SHUFFLES = 16                                    # everybody's lips against so many other people's speech
@@ -128,7 +128,9 @@ def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (1
         for t in levels:
             eps = clip_noise([1000 * int(i) + int(t) for i in index], batch.z.shape[1:]).to(dit.device)
             t = torch.full((len(index),), float(t), device=dit.device)
-            error = (v(flow.add_noise(batch.z, eps, t), t) - flow.velocity(batch.z, eps)).square() * batch.weight
+            with at_speed(dit):
+                made = v(flow.add_noise(batch.z, eps, t), t)
+            error = (made - flow.velocity(batch.z, eps)).square() * batch.weight
             total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
         return (total / len(levels)).cpu()
     return torch.cat([ranks.spread(index, one) for index in torch.arange(len(latents)).split(batch_size)]).numpy()

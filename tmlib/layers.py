@@ -29,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm, inside in float32, that takes its weight to x's precision (autocast, mixed checkpoints)."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)          # autocast on CUDA gives float32
 
 
 class TwoLinear(nn.Module):

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal before it is applied.
 
 `torch.optim.Muon` does the same, but one matrix at a time and in bfloat16, which a processor without bfloat16 units multiplies
-hundreds of times slower than float32. Here matrices of one shape go together, in float32, and the iteration runs on their
-small Gram matrices: no cost worth noting anywhere. A convolution's kernel is a matrix too, (out, in x taps).
+hundreds of times slower than float32. Here matrices of one shape go together, in float32 (a GPU's TF32 moves a step by 2 to 4 %), and
+the iteration runs on their small Gram matrices: no cost worth noting. A convolution's kernel is a matrix too, (out, in x taps).
 """
 from collections import defaultdict
 
@@ -47,7 +47,9 @@ class Muon(torch.optim.Optimizer):
                     alike[p.shape].append(p)
             for shape, ps in alike.items():
                 for p in ps:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 ahead = torch.stack([ranks.whole(p.grad.lerp(self.state[p]["momentum"], group["momentum"])) for p in ps])      # Nesterov
                 ahead = ahead.float().flatten(2)                              # (n, rows, columns)
                 step = 0.2 * max(ahead.shape[1:]) ** 0.5 * group["lr"]

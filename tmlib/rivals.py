@@ -43,7 +43,7 @@ def rendered(pairs: int, checks: int, against: str) -> tuple[list[Item], list[It
     latents, rows = Latents(config.DATA / "latents" / "test.safetensors"), in_turns(clips)
     if len(rows) < pairs + checks:
         raise UserError(f"--clips {pairs}: with {checks} checks more than the {len(rows)} speaking clips of data/clips/test; give fewer")
-    codec, how = load_codec(config.MODELS), SimpleNamespace(**config.load_json(config.MODELS / "student" / "stream.json"))
+    codec, how = load_codec(config.MODELS, p.device), SimpleNamespace(**config.load_json(config.MODELS / "student" / "stream.json"))
     load = lambda name: WanDiT.from_pretrained(config.MODELS / name, device=p.device).eval().requires_grad_(False)
     student, teacher = load("student"), load("teacher")
     noise = lambda batch, index: sampling.clip_noise(index, batch.z.shape[1:])

@@ -4,11 +4,12 @@ Clips, noise and results live on the CPU, so that they are the same on every mac
 latents come back.
 """
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from . import chain, flow
+from . import chain, flow, ranks
 from .latents import Batch
 
 
@@ -33,11 +34,17 @@ def clip_noise(seeds, shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 
+def at_speed(dit):
+    """bfloat16 on a GPU, whose attention in float32 is several times slower; a CPU computes as ever."""
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=ranks.WORLD == 1) if dit.device.type == "cuda" else nullcontext()
+
+
 @torch.no_grad()
 def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance: float, mask: str = "bidirectional") -> Tensor:
     """Latents (B, 16, F, h, w) from noise of that shape by `steps` Euler steps with guidance on the audio."""
     batch, noise = batch.to(dit.device), noise.to(dit.device)
-    return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift)).cpu()
+    with at_speed(dit):
+        return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift)).cpu()
 
 
 @torch.no_grad()
@@ -45,5 +52,6 @@ def student(dit, batch: Batch, seeds, p) -> Tensor:
     """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
     noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]).to(dit.device) for i in range(p.steps + 1)]
     batch = batch.to(dit.device)
-    return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
-                         noise=lambda i: noise[i], **batch.conditions()).cpu()
+    with at_speed(dit):
+        return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
+                             noise=lambda i: noise[i], **batch.conditions()).cpu()

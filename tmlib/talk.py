@@ -100,7 +100,7 @@ def load_models(folder: Path, device: str = "cpu") -> Models:
         raise UserError(f"device {device}: this machine has no such GPU, or torch was installed without CUDA; use cpu")
     dit = WanDiT.from_pretrained(folder / "student", torch.float32 if device == "cpu" else torch.bfloat16, device).eval().requires_grad_(False)
     how = config.load_json(folder / "student" / "stream.json")
-    return Models(dit, load_codec(folder).to(device), load_speech(folder).to(device), lips, face, load_conditions(folder), how)
+    return Models(dit, load_codec(folder, device), load_speech(folder).to(device), lips, face, load_conditions(folder), how)
 
 
 def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0, placement: str = "serial", **more):

@@ -8,6 +8,7 @@
 - If the worker ends, whoever waits for it gets a UserError; if this process ends, so does the worker, whatever it is doing.
 """
 
+import copy
 import io
 import os
 import signal
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from .config import UserError
-from .placement import ahead, decoded, mark, ready, received
+from .placement import ahead, decoded, device_of, mark, ready, received
 
 JOIN_S, SETTLE_S = 600, 10                      # for the processes to meet on a busy machine; to finish what nobody takes
 
@@ -43,6 +44,7 @@ class Decoder:
         self.pipe, theirs = context.Pipe()
         self.group, self.tag, self.sending, self.failed, self.asking = None, 0, {}, False, threading.Lock()
         how = (theirs, self.folder.name, torch.device(device), self.nccl, torch.get_num_threads())
+        vae = copy.deepcopy(vae).cpu() if device_of(vae).type == "cuda" else vae              # not every machine lets processes share a card's memory
         try:
             self.process = context.Process(target=serve, args=(vae, *how), daemon=True)
             self.process.start()

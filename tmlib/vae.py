@@ -185,17 +185,17 @@ class VideoVAE(nn.Module):
         return unfold(self.synthesis(z, past), 4, 8) + unfold(self.decoder(z, past), 1, self.cfg.patch)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8)."""
-        return (self.analyse(video) - self.mean) / self.std
+        """Video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, 16, F, H/8, W/8), where the video is."""
+        return ((self.analyse(video.to(self.mean.device)) - self.mean) / self.std).to(video.device)
 
     def decode(self, z: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Normalised latents of the next chunk -> its video in [-1, 1], and the cache for the chunk after.
+        """Normalised latents of the next chunk -> its video in [-1, 1], where they are, and the cache for the chunk after.
 
         Without a cache the stream begins here: its first latent gives one frame, every other latent four.
         """
         past = Past(cache)
-        video = self.synthesise(z * self.std + self.mean, past)
-        return (video if cache is not None else video[:, :, 3:]).clamp(-1, 1), past.new
+        video = self.synthesise(z.to(self.mean.device) * self.std + self.mean, past)
+        return (video if cache is not None else video[:, :, 3:]).clamp(-1, 1).to(z.device), past.new
 
     @torch.no_grad()
     def start_linear(self, video: Tensor) -> None:
@@ -233,7 +233,7 @@ class VideoVAE(nn.Module):
         g, before, change = torch.Generator().manual_seed(0), self.decode(z)[0], []
         for k in range(z.shape[1]):
             moved = z.clone()
-            moved[:, k] += error * torch.randn(z[:, k].shape, generator=g)
+            moved[:, k] += error * torch.randn(z[:, k].shape, generator=g).to(z)
             change.append((self.decode(moved)[0] - before).square().mean())
         return torch.stack(change) / torch.stack(change).mean()
 

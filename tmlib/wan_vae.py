@@ -79,9 +79,7 @@ def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -
     return WanVAE(net, together).eval()
 
 
-def load_codec(folder) -> VideoVAE | WanVAE:
+def load_codec(folder, device="cpu") -> VideoVAE | WanVAE:
     """The codec of a folder of models: the miniature's own, or the pretrained one that its vae.safetensors links to."""
-    path = Path(folder) / "vae.safetensors"
-    if not (how := linked(path)):
-        return load_vae(folder)
-    return load_wan_vae(how["source"], device="cuda" if torch.cuda.is_available() else "cpu")
+    how = linked(Path(folder) / "vae.safetensors")
+    return load_wan_vae(how["source"], device=device) if how else load_vae(folder).to(device)

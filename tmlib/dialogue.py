@@ -197,8 +197,8 @@ class DialogueLM(nn.Module):
         """The likeliest answer to the last turn, word by word; the last turn's own answer must be empty."""
         x, past = self.embed(turns)[0][None], None
         for _ in range(LONGEST):
-            out = self.blocks(inputs_embeds=x, past_key_values=past, use_cache=True)
-            word, past = int(self.head(out.last_hidden_state[0, -1]).argmax()), out.past_key_values
+            out = self.blocks(inputs_embeds=x, cache=past, use_cache=True)
+            word, past = int(self.head(out.last_hidden_state[0, -1]).argmax()), out.cache
             if word == self.ids[END]:
                 return
             yield word

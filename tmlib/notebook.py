@@ -4,7 +4,7 @@ papermill does the running; this adds what a pipeline needs (the pitfalls are re
 - parameter names and the section are checked before a kernel starts: papermill only warns, and runs with the default;
 - always this Python's kernel, this tmlib, the repository root as folder: never those of whoever calls;
 - what cells print goes to the terminal at once;
-- OUTPUT appears only after success, and two runs give the same bytes: no clocks, no random ids, no memory addresses;
+- OUTPUT appears only after success, and two runs give the same bytes: no clocks, random ids, memory addresses or folders of this machine;
 - a failed or killed run leaves its partial copy in data/scratch/failed/ and one clear line, and no kernel behind;
   neither does it live on when DVC, which runs it, is killed.
 """
@@ -26,6 +26,7 @@ from . import config, shadow
 
 FAILED = config.SCRATCH / "failed"
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}(?=>)")          # <Figure object at 0x7f...>
+LIBRARY = re.compile(r"[^\s\"']*/site-packages/")               # where a library that warns is installed
 
 
 # ------------------------------------------------------------------------------------------------------ checking
@@ -105,7 +106,7 @@ def _close(streams: dict) -> list:
     closed = [streams.pop(name) for name in ("stdout", "stderr") if name in streams]
     for output in closed:
         lines = output.text.splitlines(keepends=True)
-        output.text = ADDRESS.sub("0x0", "".join(line for line in lines if config.Progress.UNIT not in line))
+        output.text = LIBRARY.sub("", ADDRESS.sub("0x0", "".join(line for line in lines if config.Progress.UNIT not in line)))
     return [output for output in closed if output.text]
 
 

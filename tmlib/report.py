@@ -60,7 +60,7 @@ def _write(path: Path, text: str) -> None:
 
 
 QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
-           "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
+           "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled", "lip_r_ceiling": "codec's ceiling",
            "lip_offset_frames": "offset, frames", "listening_opening_mean": "opening, listening",
            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
@@ -80,7 +80,7 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
               | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
     models = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
     named = lambda n: f"{n.removeprefix('ablations/').replace('_', ' ')}, valid" if "/" in n else n               # they are made on validation clips
-    quality = [*yardsticks(metrics.get("readers", {})), *(metrics[n] | {"name": named(n)} for n in models)]
+    quality = [metrics[n] | {"name": named(n)} for n in models]
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
@@ -90,13 +90,6 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
             "full_size": (metrics.get("full_size", {}).get("rows", []), FULL)}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
-
-
-def yardsticks(readers: dict) -> list[dict]:
-    """What real clips would have in the table of quality, and what is left of it when the codec has copied them: no generator does better."""
-    copies = {key.removeprefix("codec_"): value for key, value in readers.items() if key.startswith("codec_")}
-    real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio")}
-    return [{"name": "real clips"} | real, {"name": "the codec's copies"} | copies] if "frechet" in copies else []
 
 
 # ----------------------------------------------------------------------------------------------------------- page

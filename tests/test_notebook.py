@@ -77,14 +77,14 @@ def stream(name, text):
 def test_normalise_removes_what_differs_and_keeps_the_rest():
     shown = new_output("display_data", data={"text/plain": "<Figure at 0x7f00deadbeef>", "image/png": "QUJD"})
     progress = f"teacher  3/9  33 %  1{config.Progress.UNIT}6 s left\n"
-    outputs = [stream("stdout", "a"), stream("stderr", "w\n"), stream("stdout", f"b\n{progress}"), shown, stream("stdout", progress)]
+    outputs = [stream("stdout", "a"), stream("stderr", "/a/lib/python3.11/site-packages/torch/x.py:7: w\n"), stream("stdout", f"b\n{progress}"), shown, stream("stdout", progress)]
     cell = new_code_cell("x", outputs=outputs, metadata={"tags": ["t"], "papermill": {"duration": 1}, "execution": {"iopub": "now"}})
     made = new_notebook(cells=[new_markdown_cell("# t"), cell], metadata={
         "papermill": {"start_time": "now"}, "language_info": {"name": "python", "version": "3.11.7"}})
     made = notebook.normalise(made)
     assert made.metadata == {"language_info": {"name": "python"}}
     assert [c.id for c in made.cells] == ["0", "1"] and made.cells[1].metadata == {"tags": ["t"]}
-    assert [(o.get("name"), o.get("text")) for o in made.cells[1].outputs] == [("stdout", "ab\n"), ("stderr", "w\n"), (None, None)]
+    assert [(o.get("name"), o.get("text")) for o in made.cells[1].outputs] == [("stdout", "ab\n"), ("stderr", "torch/x.py:7: w\n"), (None, None)]
     assert made.cells[1].outputs[2].data == {"text/plain": "<Figure at 0x0>", "image/png": "QUJD"}
     nbformat.validate(made)
     assert notebook.normalise(made) == made

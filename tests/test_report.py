@@ -404,6 +404,17 @@ def test_every_bar_says_why():
         assert all(len(bar.why) > 20 and bar.op in claims.SIGNS for bar in claim.bars)
 
 
+def test_the_quality_table_begins_with_what_can_be_had():
+    """Real clips, and their copies by the codec, which were scored like a model."""
+    readers = {"reader_r": 0.99, "reader_r_lo": 0.98, "reader_r_hi": 1.0, "codec_lip_r": 0.97, "codec_frechet": 0.05, "codec_border_ratio": 1.15,
+               "codec_border_ratio_real": 0.98, "codec_seam_ratio_real": 1.02, "codec_mae": 0.03}
+    rows, headings = report.tables({"readers": readers, "teacher": {"lip_r": 0.9}}, {})["quality"]
+    assert [(row["name"], row["lip_r"], row.get("frechet"), row.get("border_ratio")) for row in rows] == [
+        ("real clips", 0.99, None, 0.98), ("the codec's copies", 0.97, 0.05, 1.15), ("teacher", 0.9, None, None)]
+    assert set(headings) == {"name", "lip_r", "border_ratio", "seam_ratio", "frechet"}
+    assert [row["name"] for row in report.tables({"readers": {"codec_lip_r": 0.97}, "teacher": {"lip_r": 0.9}}, {})["quality"][0]] == ["teacher"]
+
+
 def test_the_quality_table_says_which_rows_are_of_validation_clips():
     rows, _ = report.tables({"teacher": {"lip_r": 0.9}, "student": {"lip_r": 0.9}, "ablations/four_steps": {"lip_r": 0.8}}, {})["quality"]
     assert [row["name"] for row in rows] == ["teacher", "student", "four steps, valid"]

@@ -190,7 +190,7 @@ def test_the_models_videos_become_pairs(root, monkeypatch, capsys):
     (root / "latents.safetensors").rename(root / "data" / "latents" / "test.safetensors")
     config.save_json(root / "data" / "models" / "student" / "stream.json", dict(steps=2, shift=3.0, chunk=3, cache="per_step"))
     loaded = []
-    monkeypatch.setattr(wan_vae, "load_codec", lambda folder: FakeVAE())
+    monkeypatch.setattr(wan_vae, "load_codec", lambda folder, device: FakeVAE())
     monkeypatch.setattr(config, "seed_everything", lambda *_: None)
     monkeypatch.setattr(WanDiT, "from_pretrained", lambda path, **_: (loaded.append(path.name), make_dit(seed=len(loaded) % 2))[1])
     assert made.shape[1] == 6

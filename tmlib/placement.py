@@ -103,7 +103,7 @@ def received(chunk: Chunk, device) -> Tensor:
         stream = torch.cuda.current_stream(chunk.latents.device)
         stream.wait_event(chunk.ready)
         chunk.latents.record_stream(stream)                  # or its memory could be given away too early
-    return chunk.latents.to(device, non_blocking=device.type == "cuda")      # onto a CPU the host must wait: it reads them at once
+    return chunk.latents.to(device, non_blocking=torch.device(device).type == "cuda")      # onto a CPU the host must wait: it reads them at once
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def clip_noise(seeds, shape: tuple[int, ...]) -> Tensor:
 
 def at_speed(dit):
     """bfloat16 on a GPU, whose attention in float32 is several times slower; a CPU computes as ever."""
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=ranks.WORLD == 1) if dit.device.type == "cuda" else nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=ranks.WORLD == 1) if torch.device(dit.device).type == "cuda" else nullcontext()
 
 
 @torch.no_grad()

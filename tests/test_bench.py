@@ -2,6 +2,8 @@
 
 import gc
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +57,7 @@ def test_it_measures_every_form(written):
             assert label == f"{run['chunk']}x{run['steps']} {run['form']}"
             assert 0 < run["ms_p50"] <= run["ms_p95"] and run["n"] >= 2 and run["first_chunk_ms"] > 0 and run["grown_bytes"] == 0
             assert run["mfu"] == pytest.approx(run["tflops"] / result["machine"]["matmul_tflops"], rel=1e-4)
+            assert run["mfu_sustained"] == pytest.approx(run["tflops"] / result["machine"]["matmul_sustained_tflops"], rel=1e-4)
             assert run["tflops"] == pytest.approx(run["tflop"] / run["ms_p50"] * 1e3, rel=1e-4)
             assert run["dit_fps"] == pytest.approx(8000 / run["ms_p50"], rel=1e-4)
 
@@ -164,6 +167,24 @@ def test_a_form_that_cannot_be_recorded_runs_without(monkeypatch):
     monkeypatch.setattr(fast, "Graphed", type("Unable", (), {"__new__": lambda cls, dit: unable(dit)}))
     result = bench.bench(bench.arguments().parse_args([*QUICK, "--parts", "together"]), CPU)
     assert set(result["runs"]) == {"2x1 qkv"} and result["missing"]["qkv+graphs"] == "RuntimeError: capture failed"
+
+
+def test_what_fails_together_is_tried_with_less():
+    tried, session = [], bench.Session.__new__(bench.Session)
+    session.attempt = lambda what, do: tried.append(what) or what == "qkv+graphs"
+    session.try_all(("qkv", "compile", "graphs"), [])
+    session.try_all(("compile",), [])
+    assert tried == ["qkv+compile+graphs", "qkv+compile", "qkv+graphs", "compile"]
+
+
+def test_a_new_kind_is_charged_a_guess_and_one_that_was_left_out_teaches_nothing():
+    session = bench.Session.__new__(bench.Session)
+    session.args, session.longest, session.result, session.save = SimpleNamespace(budget_minutes=1), {"others": 1000.0}, {"missing": {}}, lambda result: None
+    session.began = time.monotonic() - 60 + bench.SHORT_S + 10
+    assert session.attempt("in time", lambda: None) and not session.attempt("broken", lambda: 1 / 0)
+    assert not session.result["missing"]["broken"].startswith(bench.OVER) and "in time" not in session.result["missing"]
+    session.began -= 20
+    assert session.attempt("late", lambda: 1 / 0) and session.result["missing"]["late"] == bench.OVER and "late" not in session.longest
 
 
 def test_without_a_compiler_the_rest_is_measured(monkeypatch):

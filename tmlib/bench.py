@@ -173,7 +173,7 @@ class Session:
             if self.attempt(named(fewer), lambda: self.run(fewer, settings)):
                 return
 
-    def decode(self, switches):
+    def try_decoder(self, switches):
         self.attempt(f"VAE {named(switches)}", lambda: self.decoder(switches), kind="VAE")
 
 
@@ -186,10 +186,10 @@ def bench(args, device, save=lambda result: None) -> dict:
         settings, able = args.settings if part == "together" else args.settings[:1], decoders(args)[part] if session.diffusers else []
         best, *others = forms(args, device)[part][::-1]                        # fp8 first
         for switches in (d for d in able if "autotune" not in d):
-            session.decode(switches)
+            session.try_decoder(switches)
         session.try_all(best, settings)
         for switches in (d for d in able if "autotune" in d):                  # each may take a minute
-            session.decode(switches)
+            session.try_decoder(switches)
         for switches in others:
             session.try_all(switches, settings)
     fast.use_attention("auto"), fast.autotune(False)

@@ -1,7 +1,7 @@
 """Training and sampling with the networks on another device than the clips.
 
 The other device is torch's `meta`, which has shapes but no numbers and, like a GPU, meets no tensor of the CPU in an operation;
-or one of our own, from which tensors may come back.
+or one of our own, from which tensors may come back (card_job.py).
 """
 
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ import torch
 
 from tests.tiny import distillation, make_dit, make_latents
 from tmlib import dialogue, distill, placement, sampling, train
-from tmlib.audio import SpeechConfig
 from tmlib.data import to_float
 from tmlib.muon import Muon
 from tmlib.vae import VAEConfig, VideoVAE
@@ -72,49 +71,16 @@ def test_the_clips_themselves_would_not_do(latents):
 
 # The other networks, and what must come home
 
-@pytest.fixture
-def card():
-    """A device that has shapes alone, too, but from which a tensor may come back: torch's fake tensors, on a backend of this test's own."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils import backend_registration
-    if torch._C._get_privateuse1_backend_name() != "card":
-        backend_registration._setup_privateuseone_for_python_backend("card")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield torch.device("card")
-
-
-def put(net, device):
-    """`net.to(device)`, which torch refuses for fake tensors."""
-    for module in net.modules():
-        for held in (module._parameters, module._buffers):
-            for name, x in held.items():
-                held[name] = x if x is None else torch.nn.Parameter(x.detach().to(device)) if held is module._parameters else x.to(device)
-    return net
-
-
-def codec(device):
-    return put(VideoVAE(VAEConfig(patch=4, encoder=(8, 8), decoder=(8, 8), blocks=1, kernel_f=3)), device)
-
-
-def test_the_codec_gives_back_where_it_was_given(card):
-    vae, film = codec(card), torch.randn(1, 3, 9, 16, 16)
-    z = vae.encode(film)
-    video, past = vae.decode(z)
-    more, _ = vae.decode(z, past)
-    assert [x.device.type for x in (z, video, more, *past)] == ["cpu"] * 3 + ["card"] * len(past)
-    assert video.shape == film.shape and vae.decode(z.to(card))[0].device == vae.mean.device
-    vae.set_statistics(vae.analyse(film.to(card)))
-    assert vae.cost.device == vae.mean.device
+@pytest.mark.parametrize("name", ["the_codec_gives_back_where_it_was_given", "what_a_turn_sounds_like_is_kept_on_the_cpu"])
+def test_what_comes_home(python, name):
+    done = python("-m", "tests.card_job", name)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_codec_learns_from_bytes():
-    vae, film = codec("meta"), torch.zeros(2, 9, 16, 16, 3, dtype=torch.uint8, device="meta")
+    vae = VideoVAE(VAEConfig(patch=4, encoder=(8, 8), decoder=(8, 8), blocks=1, kernel_f=3)).to("meta")
+    film = torch.zeros(2, 9, 16, 16, 3, dtype=torch.uint8, device="meta")
     learns(vae, vae.loss(to_float(film), torch.ones(2, 1, 9, 16, 16, device="meta"), torch.randn(2, 16, 3, 2, 2, device="meta"))["loss"])
-
-
-def test_what_a_turn_sounds_like_is_kept_on_the_cpu(card):
-    encoder = SimpleNamespace(cfg=SpeechConfig(), tokens=lambda wave, first, n: torch.zeros(n, 12, 8, device=card))
-    assert dialogue.heard(encoder, torch.zeros(8000)).device.type == "cpu"
 
 
 def test_a_conversation_is_learnt():

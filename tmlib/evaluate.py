@@ -97,24 +97,26 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
 def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.ndarray]:
     """All numbers of generated video uint8 (n, T, H, W, 3): (flat dict; what later stages compare it by; read mouths (n, T, 3)).
 
-    The second: lip_r and voice of each clip in which somebody speaks, frechet and frechet_left_out.
+    The second: lip_r and voice of each clip in which somebody speaks, ssim and face of each clip, frechet and frechet_left_out.
     """
     clips = bench.clips
     read = bench.read(video)
     out, r = lip_scores(read, bench)
     out |= silence_scores(read, bench, video)
-    out |= metrics.interval("border_ratio", metrics.border_ratio(video, chunk))
-    out |= metrics.interval("seam_ratio", metrics.seam_ratio(video, chunk))
+    faces = [m["identity"] for m in clips.meta]
+    alike = np.array([metrics.ssim(*both) for both in zip(video, clips.frames)])
+    real, made = bench.features(clips.frames), bench.features(video)
+    moved = metrics.cosine_distance(made, real[:, :1]).mean(1)
+    for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike), ("identity_distance", moved)):
+        out |= metrics.interval(name, values, faces)
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
     out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
-    real, made = bench.features(clips.frames), bench.features(video)
     far = bench.distances(made, real)
     out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])
-    out["identity_distance"] = float(metrics.cosine_distance(made, real[:, :1]).mean())
     out["n"] = len(video)
-    return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), **far}, read
+    return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), "ssim": alike, "face": faces, **far}, read
 
 
 @torch.no_grad()

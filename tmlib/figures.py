@@ -90,7 +90,8 @@ def lip_trace(truth: np.ndarray, made: np.ndarray, labels: list[str], path, fps:
             seconds = np.arange(len(true)) / fps
             ax.fill_between(seconds, true, color="#b9c2cc", linewidth=0, label="truth")
             ax.plot(seconds[:len(got)], got, linewidth=1.4, color="#d55e00", label="generated")
-            ax.set(title=label, ylim=(0, None), ylabel="opening")
+            ax.set(title=label, ylabel="opening")
+        axes[0, 0].set_ylim(bottom=0)                          # shared: set once all is drawn, or it would end where the first panel does
         axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
         axes[-1, 0].set(xlabel="seconds", xlim=(0, truth.shape[1] / fps))
 

@@ -1,7 +1,7 @@
 """What is measured, as plain functions of arrays: lips, silence, borders, drift, fidelity, latency.
 
-Every number is per clip first, then averaged (pooling flatters). Intervals are of 95 %: bootstraps over what a claim is about, voices that were never heard,
-each drawn with all of its clips, which resemble one another; a Fréchet distance has a jackknife over faces.
+Every number is per clip first, then averaged (pooling flatters). Intervals are of 95 %: bootstraps over what a number is about, of lips the voices that were
+never heard, of pictures the faces that were never seen, each drawn with all of its clips, which resemble one another; a Fréchet distance has a jackknife over faces.
 """
 import numpy as np
 

@@ -67,12 +67,12 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     grad: the step whose x_0 is wanted, the one that keeps its gradient (Self-Forcing, Algorithm 1). start: clean latents to be noised to
     step `grad` in place of the student's own estimate (the figure's "real video"); step 0 starts from noise alone. With per-step caches a chunk's context is the previous chunk at the
     same noise level, so one masked pass over the whole sequence equals the chunk-by-chunk rollout; the other caches have to roll. Equal are the
-    values: through the mask gradients reach the chunks before, in a rollout (`attention.KVCache`) they end there.
+    values: through the mask gradients reach the chunks before, in a rollout (`attention.KVCache`) they end there. p.rolled rolls with per-step caches too.
     """
     ts = flow.timesteps(p.steps, p.shift)
-    if p.cache != "per_step":
+    if p.rolled or p.cache != "per_step":
         if start is not None:
-            raise UserError(f"distillation.real_ratio must be 0 with cache {p.cache}: its chunks follow from one another, none can start from real video")
+            raise UserError(f"distillation.real_ratio must be 0 with {'rolled' if p.rolled else f'cache {p.cache}'}: its chunks follow from one another, none can start from real video")
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
     mask = chain.bare(dit).config.mask
     if start is not None and grad:

@@ -10,15 +10,16 @@ PROMPT = dict(text=torch.ones(1, 3, 10), image_tokens=torch.ones(1, 2, 12), audi
 
 
 class FakeVAE:
-    """Frames are the mean latent plus a counter kept in the cache: a decoder that notices a lost or repeated chunk."""
+    """Frames are the mean latent plus its number, counted in the cache: a decoder that notices a lost or repeated latent frame."""
 
     def encode(self, video):
         return video[:, :1, ::4, ::8, ::8].expand(-1, 16, -1, -1, -1) * 0.5
 
     def decode(self, z, cache=None):
         start = 0 if cache is None else cache
-        video = z.mean(1, keepdim=True).repeat_interleave(4, 2)[:, :, 3 if cache is None else 0:].expand(-1, 3, -1, -1, -1)
-        return (video + 0.01 * start).repeat_interleave(8, 3).repeat_interleave(8, 4), start + z.shape[2]
+        numbered = z.mean(1, keepdim=True) + 0.01 * torch.arange(start, start + z.shape[2])[:, None, None]
+        video = numbered.repeat_interleave(4, 2)[:, :, 3 if cache is None else 0:].expand(-1, 3, -1, -1, -1)
+        return video.repeat_interleave(8, 3).repeat_interleave(8, 4), start + z.shape[2]
 
 
 class SharpVAE(FakeVAE):

@@ -83,6 +83,11 @@ def offline(wave, n):
     return np.concatenate(list(make_streamer().stream(IMAGE, np.pad(wave, (0, max(n * FRAME - len(wave), 0))), **PROMPT)))[:n]
 
 
+def same(made, known):
+    """Where chunks come in parts, sums may be rounded otherwise."""
+    return len(made) == len(known) and np.abs(made.astype(int) - known).max(initial=0) <= 1
+
+
 # ------------------------------------------------------------------------------------------------------- Streamer.rewind
 @pytest.mark.parametrize("placement", ["serial", "overlap"])
 @pytest.mark.parametrize("at", [9700, 12_000, 20_999, 21_000])
@@ -145,9 +150,10 @@ def test_without_undo_nothing_more_is_kept():
 
 
 # ---------------------------------------------------------------------------------------------------------- conversations
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("wait", [1, 5, 9, 11, 14, 20, 27])
-def test_an_answer_begins_two_frames_after_it_is_known(wait):
-    c = talk(utterance(SAID))
+def test_an_answer_begins_two_frames_after_it_is_known(wait, in_parts):
+    c = talk(utterance(SAID), in_parts=in_parts)
     before, silence = show(c, wait)
     c.hear(BEGIN), c.hear(TURN), answer(c)
     after, sound = show(c, 40)
@@ -158,18 +164,19 @@ def test_an_answer_begins_two_frames_after_it_is_known(wait):
     assert lead == begins * FRAME and c.late == 0
     assert np.array_equal(np.append(silence, sound)[lead:lead + len(SAID)], SAID)
     quiet, known = offline(np.zeros(1000, np.float32), 60), offline(np.concatenate([np.zeros(lead, np.float32), SAID]), len(frames))
-    assert np.array_equal(frames[:begins], quiet[:begins])
-    assert np.array_equal(frames[begins:], known[begins:]) or begins in (9, 21, 33)      # at a border the last chunk may have looked ahead into silence
+    assert same(frames[:begins], quiet[:begins])
+    assert same(frames[begins:], known[begins:]) or begins in (9, 21, 33)      # at a border the last chunk may have looked ahead into silence
     spoke = [e for e in c.events if e.kind == "spoke"]
     assert [e.kind for e in c.events] == ["began", "heard", "answer", "spoke"] and spoke[0].text == "one two three four"
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("placement, times", [("serial", 12), ("overlap", 6), ("two_process", 2)])
-def test_what_is_said_is_said_once_and_in_order_whenever_it_comes(placement, times):
+def test_what_is_said_is_said_once_and_in_order_whenever_it_comes(placement, times, in_parts):
     rng = np.random.default_rng(0)
     for _ in range(times):
         parts = [WAVE[a:b] for a, b in itertools.pairwise(np.sort(rng.integers(100, 50_000, 4)).tolist()) if b - a > 50]
-        c = talk(placement=placement)
+        c = talk(placement=placement, in_parts=in_parts)
         heard = [show(c, int(rng.integers(1, 30)))[1]]
         for part in parts:                                                    # as a slow partner would
             c.to_say.append(conversation.Line(part, 0))
@@ -277,10 +284,38 @@ def test_no_answer_is_an_event():
     assert [e.kind for e in c.events] == ["began", "heard", "nothing"]
 
 
+def test_an_interruption_in_the_middle_of_a_chunk_does_not_wait_for_its_end():
+    """Parts that are still to be decoded are dropped, and what was shown of their chunk stays."""
+    c = talk(in_parts=True)
+    c.to_say.append(conversation.Line(SAID, 0))
+    before = [*show(c, 11)[0]]
+    while len(c.ready) >= c.ahead:
+        before.append(c.frame()[0])
+    assert c.begins and c.make() and not c.begins                             # of the next chunk the first latent frame is there, no more
+    c.hear(BEGIN)
+    assert c.make() and not c.begins                                          # taken back, and begun again
+    after, sound = show(c, 30)
+    stop = c.lines[0].stop
+    assert stop == (len(before) + 2) * FRAME and c.late == 0
+    assert np.array_equal(sound[:2 * FRAME], SAID[len(before) * FRAME:stop]) and not sound[2 * FRAME + FADE:].any()
+    assert same(np.stack([*before, *after[:2]]), offline(SAID, len(before) + 2))
+
+
+def test_frames_behind_others_of_their_chunk_take_longer_to_make_again():
+    c = talk(in_parts=True)
+    c.cost = {True: 0.2, False: 0.1}
+    assert [round(c.until(k), 9) for k in (0, 1, 4, 5, 8, 9, 12, 13, 17, 20, 21)] == [0.2, 0.3, 0.3, 0.4, 0.4, 0.2, 0.2, 0.3, 0.4, 0.4, 0.2]
+    c.cost = {True: 0.1, False: 0.02}
+    assert [c.keep for c.next in (5, 6)] == [4, 3]                            # up to frame 8, the third part; frame 9 begins the next chunk
+    c.streamer.in_parts = False
+    assert c.until(8) == c.until(9) == 0.1
+
+
 def test_a_slow_chunk_does_not_stop_the_taking_back():
-    c = talk()
-    c.cost = 60.0
-    assert c.keep == 12 and c.ahead == 14
+    for parts in (False, True):
+        c = talk(in_parts=parts)
+        c.cost = {True: 60.0, False: 60.0}
+        assert c.keep == 12 and c.ahead == 14
 
 
 def test_silero_leaves_the_number_of_threads_alone(python):

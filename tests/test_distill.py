@@ -74,6 +74,19 @@ def test_other_caches_roll(dit, latents, cache):
     assert gradients(dit) == [True]
 
 
+def test_rolled_gives_the_same_and_its_gradients_end_at_chunk_borders(dit, latents):
+    """The ablation `rolled` changes nothing but how far gradients reach."""
+    batch, found = latents.batch(torch.arange(1)), []
+    for rolled in (False, True):
+        p = distillation(rolled=rolled, steps=1)
+        x = torch.zeros(1, *latents.shape).requires_grad_()
+        out = distill.student(dit, batch, lambda i: noise_of(batch)(i) + x, p, grad=0)
+        out[:, :, 3:6].square().sum().backward()
+        found.append((out.detach(), x.grad.abs().amax((0, 1, 3, 4)) > 0))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=0)
+    assert found[0][1][:6].all() and found[1][1].tolist() == 3 * [False] + 3 * [True] + (latents.shape[1] - 6) * [False]
+
+
 @pytest.mark.parametrize("grad", [0, 1, 2])
 def test_gradient_at_the_chosen_step_alone(dit, latents, grad):
     batch, p = latents.batch(torch.arange(1)), distillation(steps=3)
@@ -182,10 +195,11 @@ def test_regression_learns(dit, latents):
     assert sum(seen[-4:]) < 0.6 * sum(seen[:4])
 
 
-def test_rolling_caches_cannot_start_from_real_video(latents):
-    p = distillation(cache="clean_pass", real_ratio=1.0)
+@pytest.mark.parametrize("changed, named", [({"cache": "clean_pass"}, "cache clean_pass"), ({"rolled": True}, "rolled")])
+def test_rolling_students_cannot_start_from_real_video(latents, changed, named):
+    p = distillation(**changed, real_ratio=1.0)
     [for_student], _ = distill.matching_losses(*(make_dit(seed) for seed in range(3)), latents, pairs_of(latents), p)
-    with pytest.raises(UserError, match="real_ratio must be 0 with cache clean_pass"):
+    with pytest.raises(UserError, match=f"real_ratio must be 0 with {named}"):
         for_student(torch.Generator(), 0)
 
 

@@ -38,6 +38,6 @@ def make_latents(folder, n=4, frames=6, side=4, seed=0):
 
 def distillation(**changes):
     """Parameters of the distillation, as params.yaml has them, small."""
-    p = dict(cache="per_step", steps=2, shift=3.0, pairs=5, pair_steps=2, pair_shift=4.0, guidance=2.0, batch=2, at_once=None, border_weight=1.0, critic_steps=3,
+    p = dict(cache="per_step", rolled=False, steps=2, shift=3.0, pairs=5, pair_steps=2, pair_shift=4.0, guidance=2.0, batch=2, at_once=None, border_weight=1.0, critic_steps=3,
              regression_weight=1.0, real_ratio=0.5, chunk=3, seed=0)
     return SimpleNamespace(**{**p, **changes})

@@ -10,6 +10,7 @@ What is special
 - A stream must make a chunk (0.75 s) before it is shown, and to wait for the next chunk is to wait too long for an answer. So chunks are made
   of silence while nothing is to be said, and *taken back* when something is: what was not shown yet is made again with the new sound
   (`Streamer.rewind`). An answer waits for two frames, in which its chunk is made, not for up to two chunks; an interruption likewise.
+- With a streamer that gives chunks in parts, a latent frame can be shown as soon as it is decoded: so few frames must wait for what is made again.
 - What was shown is never changed, frames and sound stay together, and no answer loses a sample unless it is interrupted: a face that comes late holds still.
 - A partner has `reply(wave)`, which yields speech.Utterance, `hush()`, `cut(heard)` and `forget()`: `dialogue.Partner` or `audio_llm.AudioLLM`.
 """
@@ -57,7 +58,7 @@ class Line:
 
 
 class Conversation:
-    """One caller and one face. streamer: made with undo=1; picture: uint8 (H, W, 3).
+    """One caller and one face. streamer: made with undo=1 and, to be quick, in_parts; picture: uint8 (H, W, 3).
 
     text, listening, image_tokens, audio_mask: see `Streamer.stream`. takes_back: else what is made is shown, to measure what that costs.
     clock: seconds, for tests.
@@ -65,7 +66,8 @@ class Conversation:
 
     def __init__(self, streamer, partner, picture, *, ear=None, takes_back=True, clock=time.monotonic, **given):
         self.streamer, self.partner, self.picture, self.given, self.takes_back = streamer, partner, picture, given, takes_back
-        self.ear, self.clock, self.cost = ear or Ear(), clock, 0.0   # cost: seconds that a chunk takes, rather too many
+        self.ear, self.clock = ear or Ear(), clock
+        self.cost, self.begins = {True: 0.0, False: 0.0}, True       # seconds that a part takes which begins a chunk, and another, rather too many; whether the next one does
         self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
         self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
         self.ready, self.next, self.late = deque(), 0, 0             # (frame, wave) to show; their first one's number; frames that came late
@@ -142,15 +144,21 @@ class Conversation:
 
     # ---- the face
 
+    def until(self, frame: int) -> float:
+        """Seconds until this frame can be made again, with all that stands before it in its chunk."""
+        place = (frame + STRIDE - 1) % (STRIDE * self.streamer.chunk)         # the stream's first latent frame has one frame, not four
+        return self.cost[True] + self.cost[False] * (place // STRIDE if self.streamer.in_parts else 0)
+
     @property
     def keep(self) -> int:
-        """Frames that stay as they are while a chunk is made again: they are shown meanwhile."""
-        return min(max(2, math.ceil(1.5 * self.cost * FPS)), STRIDE * self.streamer.chunk)
+        """Frames that stay as they are while those behind them are made again: they are shown meanwhile."""
+        most = STRIDE * self.streamer.chunk
+        return next((k for k in range(2, most) if k >= 1.5 * FPS * self.until(self.next + k)), most)
 
     @property
     def ahead(self) -> int:
         """So few frames, and the next chunk is made."""
-        return self.keep + 2
+        return min(max(2, math.ceil(1.5 * FPS * self.cost[True])), STRIDE * self.streamer.chunk) + 2
 
     def live(self) -> None:
         while not self.closed:
@@ -159,18 +167,19 @@ class Conversation:
                 self.changed.wait(0.1)
 
     def make(self) -> bool:
-        """Make a chunk, anew or again, if one is wanted; returns whether."""
+        """Make a chunk, or the next part of one, anew or again, if one is wanted; returns whether."""
         if self.takes_back and (self.more or self.interrupted):
             self.take_back()
         with self.lock:
-            if len(self.ready) >= self.ahead:
+            if self.begins and len(self.ready) >= self.ahead:
                 return False
         self.chunks = self.chunks or self.streamer.chunks(self.picture, self.sound(), **self.given)
         began = self.clock()
         chunk = next(self.chunks, None)
-        self.cost = max(self.clock() - began, 0.8 * self.cost)
+        self.cost[self.begins] = max(self.clock() - began, 0.8 * self.cost[self.begins])
         if chunk is None:                                                     # the call was closed meanwhile
             return False
+        self.begins = chunk.last
         with self.lock:
             known = self.next + len(self.ready) - chunk.frame                 # frames that stayed as they were
             self.ready += list(zip(chunk.frames, chunk.wave.reshape(-1, FRAME)))[known:]
@@ -195,7 +204,7 @@ class Conversation:
             self.to_say.extendleft(reversed([x for x in back if x.answer == self.turn]))        # given too early to an overlapping stage
             if interrupted:
                 self.fade(forgotten)
-        self.chunks = self.streamer.resume()
+        self.chunks, self.begins = self.streamer.resume(), True
 
     def fade(self, forgotten: np.ndarray) -> None:
         """An interrupted voice fades: it does not click."""
@@ -302,6 +311,6 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
 
     def call() -> Conversation:
         mind.forget()
-        return Conversation(talk.make_streamer(m, seed=seed, undo=1), mind, picture, text=told["speaking"], listening=told["listening"],
+        return Conversation(talk.make_streamer(m, seed=seed, undo=1, in_parts=True), mind, picture, text=told["speaking"], listening=told["listening"],
                             image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
     return call

@@ -9,12 +9,13 @@
   a slow consumer stops the decoder, and a waiting decoder stops the DiT. Nothing piles up and nothing is dropped.
 - Between CUDA streams a chunk travels with an event: the next stage's stream waits for it, the host never does.
 - All placements make the same frames, bit for bit, given the same kernels and as many threads for each of torch's operations.
+- `by_latent` gives a chunk away in parts, for those who cannot wait for the whole: the same frames, but for how convolutions of another length round.
 """
 
 import threading
 import time
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from .config import UserError
+from .sound import FRAME
 
 PLACEMENTS = ("serial", "overlap", "two_device", "two_process")
+STRIDE = 4                                       # frames per latent frame; a picture's first has one
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Chunk:
     index: int                                  # in the stream
     frame: int                                  # the stream's number of its first video frame
     opens: bool                                 # the first of a picture: the decoder begins anew
+    last: bool = True                           # of its chunk's parts, see `by_latent`
     listening: bool = False                     # made with the listening prompt
     wave: np.ndarray | None = None              # (1000 t,) its own sound, with the silence that stands for what came late
     latents: Tensor | None = None               # (1, 16, chunk, H, W) until decoded
@@ -84,6 +88,18 @@ def ahead(items, depth: int = 1, device=None):
         thread.join(0.5)
 
 
+def by_latent(chunks):
+    """Chunks of latents -> the same, one latent frame at a time: each can be decoded and shown before the next. What is known after a chunk stays with its last part."""
+    with closing(chunks):
+        for chunk in chunks:
+            count, frame = chunk.latents.shape[2], chunk.frame
+            for k in range(count):
+                opens, last = chunk.opens and k == 0, k == count - 1
+                begin, frame = frame, frame + (1 if opens else STRIDE)
+                yield replace(chunk, frame=begin, opens=opens, last=last, latents=chunk.latents[:, :, k:k + 1], state=chunk.state if last else None,
+                              wave=chunk.wave[(begin - chunk.frame) * FRAME:(frame - chunk.frame) * FRAME], marks=dict(chunk.marks))
+
+
 def own_stream(device):
     if device is None or torch.device(device).type != "cuda":
         return nullcontext()
@@ -115,7 +131,7 @@ def decoded(chunks, vae, save: bool = False, past=None):
             with clearly(f"decoding chunk {chunk.index}"), mark(chunk, "vae"):
                 video, past = vae.decode(received(chunk, device), None if chunk.opens else past)
                 chunk.frames, chunk.latents = to_frames(video), None
-            if save:
+            if save and chunk.last:
                 chunk.past = past                            # decoders never change a cache that they gave
             yield chunk
 

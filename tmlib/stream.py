@@ -21,11 +21,10 @@ import torch
 from . import flow
 from .chain import Chain, noise_maker
 from .config import UserError
-from .placement import PLACEMENTS, Chunk, ahead, clearly, decoded, device_of, mark, ready, to_frames
+from .placement import PLACEMENTS, STRIDE, Chunk, ahead, by_latent, clearly, decoded, device_of, mark, ready, to_frames
 from .sound import FRAME, RATE, Sound
 from .vae import i2v_condition
 
-STRIDE = 4                                       # frames per latent frame
 BUSY_S = 10                                      # longest that `resume` waits for a chunk still in the making
 
 
@@ -84,18 +83,19 @@ class Streamer:
     placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
     one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
     of the previous chunk's K/V: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more
-    copy). blocking: two_process without overlap of transfers.
+    copy). in_parts: chunks come latent frame by latent frame, each as soon as it is decoded, the same frames (`placement.by_latent`); `resume` and
+    `rewind` go on from whole ones. blocking: two_process without overlap of transfers.
     worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """
 
     def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, undo=0, blocking=False,
-                 worker=None, **chain):
+                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, undo=0, in_parts=False,
+                 blocking=False, worker=None, **chain):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
         self.placement, self.depth, self.resumable, self.undo, self.blocking = placement, depth, resumable or undo > 0, undo, blocking
-        self.chunk, self.seed, self.window = chunk or dit.chunk, seed, window
+        self.chunk, self.seed, self.window, self.in_parts = chunk or dit.chunk, seed, window, in_parts
         if self.chunk % (group := getattr(getattr(audio_encoder, "cfg", None), "group", 1)):
             raise UserError(f"the speech encoder hears {group} latent frames at a time, and chunks of {self.chunk} are no whole groups: load it with `load_speech(folder, {self.chunk})`")
         self.history_s = history_s
@@ -217,14 +217,16 @@ class Streamer:
     def play(self, take, past=None):
         with closing(self.placed(self.denoised(take, take.run), past)) as chunks:
             for chunk in chunks:
-                take.after.append(Checkpoint((chunk.frame + len(chunk.frames)) * FRAME, chunk.state, chunk.past))
-                for shown in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
-                    take.pictures.pop(shown)
+                if chunk.last:
+                    take.after.append(Checkpoint((chunk.frame + len(chunk.frames)) * FRAME, chunk.state, chunk.past))
+                    for shown in [k for k in list(take.pictures) if k <= chunk.index - self.undo]:
+                        take.pictures.pop(shown)
                 chunk.state = chunk.past = None
                 yield chunk
 
     def placed(self, chunks, past):
         """Chunks of latents decoded, where `placement` says."""
+        chunks = by_latent(chunks) if self.in_parts else chunks
         if self.placement == "serial":
             return decoded(chunks, self.vae, self.resumable, past)
         if self.placement == "two_process":

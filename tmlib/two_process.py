@@ -100,7 +100,7 @@ class Decoder:
                 work = work.wait() and None                  # gloo's second wait for the same send would never end
         except RuntimeError as error:
             raise self.ended() from error
-        self.sending[chunk.index] = work, z                  # z must live until it has arrived
+        self.sending[chunk.frame] = work, z                  # z must live until it has arrived
         chunk.latents = None
 
     def collected(self, chunk):
@@ -109,7 +109,7 @@ class Decoder:
         chunk.frames = self.frames(shape)
         chunk.marks |= {**marks, "frames": (marks["vae"][1], time.perf_counter())}
         chunk.past = past and unpacked(past)
-        work, _ = self.sending.pop(chunk.index)
+        work, _ = self.sending.pop(chunk.frame)
         if work is not None:
             work.wait()                                      # over long ago
         return chunk

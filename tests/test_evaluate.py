@@ -80,6 +80,7 @@ def test_a_perfect_copy_scores_perfectly(bench):
     assert out["listening_opening_mean"] == out["reader_closed_bias"] == 0 and out["listening_excess"] == 0
     assert out["listening_motion"] == pytest.approx(out["listening_motion_real"])
     assert out["psnr_db"] > 100 and out["frechet"] == pytest.approx(0, abs=1e-3) and out["identity_distance"] < 0.01
+    assert out["ssim"] == pytest.approx(1) == out["ssim_lo"] and (per_clip["ssim"] > 0.999).all() and per_clip["face"] == [m["identity"] for m in clips.meta]
     assert out["n"] == 8 and all(np.isfinite(v) for v in out.values())
 
 

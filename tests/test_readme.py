@@ -15,13 +15,13 @@ Of 3 claims 3 hold.
 <!-- claims:end -->
 after | C1 | stays |
 <!-- ablations:begin -->
-| | words | lip r | Fréchet | border | identity |
-|---|---|---|---|---|---|
-| without_it | as it was | 1 | 2 | 3 | 4 |
+| | words | lip r | Fréchet | SSIM | border | identity |
+|---|---|---|---|---|---|---|
+| without_it | as it was | 1 | 2 | 3 | 4 | 5 |
 <!-- ablations:end -->
 end
 """
-RUNS = {"without_it": {"lip_r": 0.8123, "frechet": 2.0, "border_ratio": 1.25, "stream_identity": 0.0312}, "more": {}}
+RUNS = {"without_it": {"lip_r": 0.8123, "frechet": 2.0, "ssim": 0.85, "border_ratio": 1.25, "stream_identity": 0.0312}, "more": {}}
 
 
 def judged(**numbers):
@@ -33,7 +33,7 @@ def test_rows_are_filled_and_words_stay():
     assert "| C1 | lips | lip r, sentences, voices (of espeak-ng) and faces unseen: 0.900 (0.880 to 0.910) | ≥ 0.850 | holds |" in text
     assert "| C9 | real-time | – |  | not measured: needs an H100-class GPU" in text
     assert f"\nOf {len(claims.CLAIMS)} claims 1 hold, 0 fail, {len(claims.CLAIMS) - 1} could not be measured.\n" in text
-    assert "| without_it | as it was | 0.812 | 2.00 | 1.25 | 0.0312 |" in text
+    assert "| without_it | as it was | 0.812 | 2.00 | 0.850 | 1.25 | 0.0312 |" in text
     assert text.startswith("before\n") and "\nafter | C1 | stays |\n" in text and text.endswith("end\n")
     assert readme.filled(text, judged(lip_r=0.9, lip_r_lo=0.88, lip_r_hi=0.91), RUNS) == text
     assert "| fails |" in readme.filled(text, judged(lip_r=0.5), RUNS)

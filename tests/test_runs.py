@@ -36,11 +36,12 @@ def test_a_run_that_was_not_made_or_is_none_is_named(root):
 def test_each_bar_has_a_row_with_every_run(tmp_path):
     here, there = judged(0.9), judged(0.8)
     del there["N3"], there["C1"]["parts"][1]                            # older than this run's claims
+    there["C1"]["parts"][1]["why"] = "another thing"                     # the offset: it meant something else
     rows, headings = runs.compared(here, {"seed_1": there})
     assert len(rows) == sum(len(claim.bars) for claim in claims.CLAIMS.values())
     assert rows[0] == {"name": "C1", "metric": "teacher:lip_r", "here": 0.9, "here_lo": 0.89, "here_hi": 0.91, "here_verdict": "holds",
                        "seed_1": 0.8, "seed_1_lo": pytest.approx(0.79), "seed_1_hi": pytest.approx(0.81), "seed_1_verdict": "fails"}
-    assert rows[1]["here"] == 0.01 and rows[1]["seed_1"] is None and rows[-1]["seed_1_verdict"] is None
+    assert rows[1]["here"] == 0.01 and rows[1]["seed_1"] is None and rows[2]["here"] == 0 and rows[2]["seed_1"] is None and rows[-1]["seed_1_verdict"] is None
     grid = report.write_table(tmp_path, "other_runs", rows, headings)
     assert grid[:2] == [["", "number", "here", "verdict", "seed 1", "verdict"], ["C1", "teacher:lip_r", "0.900 [0.890, 0.910]", "holds", "0.800 [0.790, 0.810]", "fails"]]
 
@@ -61,3 +62,6 @@ def test_readme_says_which_verdicts_differ():
     same, other = judged(0.9), judged(0.8)
     assert readme.tally(same, {"seed_1": same}).endswith("In the run `seed_1` every verdict is the same.")
     assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1` all verdicts are the same but these: C1 fails.")
+    for claim in ("C2", "C3"):
+        other[claim]["parts"][0]["why"] = "another thing"
+    assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1`, of an earlier state, 12 claims had the same bars; there all verdicts are the same but these: C1 fails.")

@@ -58,8 +58,10 @@ CLAIMS = {
         Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a loss of a twentieth is about as wide as the interval"),
         Bar("student", "teacher_frechet_ratio", "<=", 1.25, "Fréchet distance over the teacher's; a quarter more can hardly be seen"),
         Bar("student", "steps", "<=", 2, "denoising steps; the paper has two"),
+        Bar("student", "ssim_gain", ">", 0, "SSIM with the true clip gained over the same weights in two steps, undistilled, clip by clip; any gain counts"),
         Bar("student", "frechet_ratio", "<=", 1.0, "Fréchet distance over that of the same weights in two steps, undistilled; above one, distilling would have gained nothing"),
-        Bar("ablated", "distilling_quality_gain", ">", 0, "lip r gained by a short distillation without the reference picture's help, on validation clips; without that help two steps are too few at first, so any gain counts"),
+        Bar("ablated", "distilling_quality_gain", ">", 0, "lip r gained by a short distillation (`matching`) without the reference picture's help, on validation clips; without that help two steps are too few at first, so any gain counts"),
+        Bar("ablated", "distilling_ssim_gain", ">", 0, "SSIM with the true clip gained by that short distillation, clip by clip; any gain counts"),
         Bar("ablated", "distilling_frechet_ratio", "<=", 1.0, "Fréchet distance after that short distillation over that before; above one, it would have gained nothing"))),
     "C5": Claim("Sparse-causal attention streams without end and without accumulating errors.", (
         Bar("streaming", "lip_r_last_minute", ">=", lambda m: m["streaming"]["lip_r_first_minute"] - 0.03,
@@ -135,17 +137,29 @@ def load_metrics(root: Path) -> dict[str, dict]:
     return metrics | {name: numbers for name, numbers in derived.items() if numbers}
 
 
+def per_clip(metrics: dict[str, dict]) -> dict[str, dict]:
+    """Of each ablation, by its name, what it reached clip by clip: see `evaluate.score`."""
+    return {n.removeprefix("per_clip/ablations/"): m for n, m in metrics.items() if n.startswith("per_clip/ablations/")}
+
+
+def versus(one: dict, other: dict) -> dict:
+    """An ablation against another on the same clips, of `per_clip`: lip r and SSIM gained, clip by clip, and its Fréchet distance over the other's, with intervals. Of other clips: nothing."""
+    if one["voice"] != other["voice"] or one["face"] != other["face"]:
+        return {}
+    one, other = ({k: np.array(v) for k, v in run.items()} for run in (one, other))
+    return (interval("quality_gain", one["lip_r"] - other["lip_r"], one["voice"]) | interval("ssim_gain", one["ssim"] - other["ssim"], one["face"])
+            | jackknife("frechet_ratio", one["frechet"] / other["frechet"], one["frechet_left_out"] / other["frechet_left_out"]))
+
+
 def ablated(metrics: dict[str, dict]) -> dict:
-    """What C4, C5 and C10 ask of the ablations: lip r gained, clip by clip, by distilling, four steps and chunk 7, and the Fréchet distance over that before; what the
-    latter two cost in time per frame on one device; how much further from its picture a stream is in its last third than at its beginning, and without chunk 0."""
-    each = {n.removeprefix("per_clip/ablations/"): {k: np.array(v) for k, v in m.items()} for n, m in metrics.items() if n.startswith("per_clip/ablations/")}
+    """What C4, C5 and C10 ask of the ablations: what is gained by distilling, four steps and chunk 7 (`versus`); what the latter two cost in time per frame on one
+    device; how much further from its picture a stream is in its last third than at its beginning, and without chunk 0."""
+    each = per_clip(metrics)
     fps = {(r["chunk"], r["steps"]): r["fps_each"] for r in metrics.get("latency_matrix", {}).get("rows", ()) if r["placement"] == "serial"}
     found = {}
-    for what, run, than in (("distilling", "control", "undistilled"), ("steps", "four_steps", "control"), ("chunk", "chunk_7", "control")):
+    for what, run, than in (("distilling", "matching", "undistilled"), ("steps", "four_steps", "control"), ("chunk", "chunk_7", "control")):
         if run in each and than in each:
-            one, other = each[run], each[than]
-            found |= interval(f"{what}_quality_gain", one["lip_r"] - other["lip_r"], one["voice"])
-            found |= jackknife(f"{what}_frechet_ratio", one["frechet"] / other["frechet"], one["frechet_left_out"] / other["frechet_left_out"])
+            found |= {f"{what}_{k}": v for k, v in versus(each[run], each[than]).items()}
     for what, setting in (("steps", (3, 4)), ("chunk", (7, 2))):
         if setting in fps and (3, 2) in fps:
             found |= paired(f"{what}_cost_ratio", fps[3, 2], fps[setting])
@@ -158,19 +172,26 @@ def ablated(metrics: dict[str, dict]) -> dict:
 
 def judge(metrics: dict[str, dict]) -> dict[str, dict]:
     """CLAIMS judged by metrics, in the form of reports/claims.json. `parts` has every bar, the claim itself the deciding one:
-    a bar missed, clearly rather than narrowly; else one not measured; else one cleared narrowly; else the first. `clear`: the whole interval is on that side."""
+    a bar missed, clearly rather than narrowly; else one not measured; else the one cleared most narrowly, by its interval; else the first. `clear`: the whole interval is on that side."""
     return {name: _judge(claim, metrics) for name, claim in CLAIMS.items()}
 
 
 def _judge(claim: Claim, metrics: dict[str, dict]) -> dict:
     parts = [_compare(bar, metrics) for bar in claim.bars]
-    narrow = lambda p: p["clear"] is False
-    order = lambda p: (1, 0) if p["holds"] is None else (2, not narrow(p)) if p["holds"] else (0, narrow(p))
+    order = lambda p: (1, 0) if p["holds"] is None else (2, p["clear"] is not False, _margin(p)) if p["holds"] else (0, p["clear"] is False)
     decides = min(parts, key=order)                                           # the first of equals
     reason = [claim.pending] if decides["holds"] is None and claim.pending else []
     reason += [decides["reason"]] if decides["reason"] and not (reason and decides["metric"].partition(":")[0] not in metrics) else []      # of a whole file that is missing `pending` says enough
     scale = metrics.get(decides["metric"].partition(":")[0], {}).get("scale")
     return {"claim": claim.text, **decides, "reason": "; ".join(reason) or None, "scale": scale, "parts": parts}
+
+
+def _margin(p: dict) -> float:
+    """How far a number is from its bar, in halves of its interval; without an interval nobody can say."""
+    if p["ci95"] is None:
+        return math.inf
+    half = (p["ci95"][1] - p["ci95"][0]) / 2
+    return abs(abs(p["value"]) - p["bar"] if p["comparison"] == "within" else p["value"] - p["bar"]) / max(half, 1e-12)
 
 
 def _compare(bar: Bar, metrics: dict[str, dict]) -> dict:

@@ -11,7 +11,7 @@ from .config import UserError, cli, load_json
 from .figures import shown
 from .report import beside
 
-RUN = ("lip_r", "frechet", "border_ratio", "stream_identity")                 # of an ablation
+RUN = ("lip_r", "frechet", "ssim", "border_ratio", "stream_identity")         # of an ablation
 
 
 def cells(row: dict) -> tuple[str, str, str]:
@@ -27,8 +27,10 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     held = [row["holds"] for row in claims.values()]
     line = f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
     for name, run in others.items():
-        changed = [f"{claim} {verdict(run[claim])}" for claim, row in claims.items() if claim in run and run[claim]["holds"] != row["holds"]]
-        line += f" In the run `{name}` " + ("every verdict is the same." if not changed else f"all verdicts are the same but these: {', '.join(changed)}.")
+        same = [claim for claim, row in claims.items() if [*map(runs.meant, row["parts"])] == [*map(runs.meant, run.get(claim, {}).get("parts", ()))]]
+        changed = [f"{claim} {verdict(run[claim])}" for claim in same if run[claim]["holds"] != claims[claim]["holds"]]
+        where = "" if len(same) == len(claims) else f", of an earlier state, {len(same)} claims had the same bars; there"
+        line += f" In the run `{name}`{where} " + ("every verdict is the same." if not changed else f"all verdicts are the same but these: {', '.join(changed)}.")
     return line
 
 

@@ -8,10 +8,13 @@ import csv
 import io
 from pathlib import Path
 
+import numpy as np
+
 from . import config, runs
-from .claims import CLAIMS, SIGNS, judge, load_metrics, verdict
+from .claims import CLAIMS, SIGNS, judge, load_metrics, per_clip, verdict, versus
 from .config import atomic
 from .figures import intervals, shown
+from .metrics import paired
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
              "adaptation": "30_adaptation", "teacher": "40_teacher", "student": "50_distillation", "other_teacher": "55_other_teacher",
@@ -23,14 +26,14 @@ SOURCES = "70_ablations", "90_report"                # of the notebooks these ar
 
 # --------------------------------------------------------------------------------------------------------- tables
 def _cell(row: dict, key: str) -> str:
-    lo, hi = row.get(f"{key}_lo"), row.get(f"{key}_hi")
-    return shown(row.get(key)) + (f" [{shown(lo)}, {shown(hi)}]" if lo is not None and hi is not None else "")
+    lo, hi, say = row.get(f"{key}_lo"), row.get(f"{key}_hi"), lambda value: beside(value, row.get("limit"))
+    return say(row.get(key)) + (f" [{say(lo)}, {say(hi)}]" if lo is not None and hi is not None else "")
 
 
 def write_table(folder, name: str, rows: list[dict], headings: dict[str, str]) -> list[list[str]]:
     """Rows as folder/name.md, .csv and .tex; returns the cells, headings first.
 
-    headings: key -> heading, in order; key_lo and key_hi become its interval.
+    headings: key -> heading, in order; key_lo and key_hi become its interval. limit: a bar, which no number of its row should look like.
     """
     grid = [list(headings.values()), *([_cell(row, key) for key in headings] for row in rows)]
     marked = [[cell.replace("|", "\\|") for cell in line] for line in grid]
@@ -61,9 +64,11 @@ def _write(path: Path, text: str) -> None:
 
 QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
            "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
-           "lip_offset_frames": "offset, frames", "listening_opening_mean": "opening, listening",
-           "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "frechet": "Fréchet",
+           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion",
+           "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
+AGAINST = {"control": "undistilled", "rolled": "control", "next_step": "rolled", "clean_pass": "rolled"}             # what an ablation is compared with: its like, else control
+ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, over"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95", "dit_ms_p50": "DiT", "latents_ms_p50": "latents sent", "vae_ms_p50": "VAE",
           "frames_ms_p50": "frames sent", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
@@ -76,20 +81,35 @@ CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdi
 
 def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str, dict] = {}) -> dict[str, tuple]:
     """The tables that metrics, and the claims of other runs, can fill: name -> (rows, headings)."""
-    judged = [row | {"name": name, "verdict": verdict(row), "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
+    judged = [row | {"name": name, "verdict": verdict(row), "limit": row["bar"], "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
               | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
-    models = [n for n in ("teacher", "student") if n in metrics] + [n for n in metrics if n.startswith("ablations/")]
-    named = lambda n: f"{n.removeprefix('ablations/').replace('_', ' ')}, valid" if "/" in n else n               # they are made on validation clips
-    quality = [*yardsticks(metrics.get("readers", {})), *(metrics[n] | {"name": named(n)} for n in models)]
+    quality = [*yardsticks(metrics.get("readers", {})), *models(metrics)]
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "other_runs": runs.compared(verdicts, others) if others else ([], {}), "quality": (quality, QUALITY), "drift": (drift if stream else [], DRIFT),
+    made = {"claims": (judged, CLAIM), "other_runs": runs.compared(verdicts, others) if others else ([], {}), "quality": (quality, QUALITY), "ablations": (compared(metrics), ABLATIONS), "drift": (drift if stream else [], DRIFT),
             "latency": (times, {"name": "", "value": "local run"}),
-            "latency_matrix": (metrics.get("latency_matrix", {}).get("rows", []), MATRIX),
+            "latency_matrix": ([row | paired("fps", row["fps_each"], np.ones(len(row["fps_each"]))) for row in metrics.get("latency_matrix", {}).get("rows", [])], MATRIX),
             "full_size": (metrics.get("full_size", {}).get("rows", []), FULL)}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
+
+
+def models(metrics: dict[str, dict]) -> list[dict]:
+    """What each model made, row by row: the workbook's, the same weights undistilled, N2's pair, then those that were scored on validation clips."""
+    part = lambda file, who: {k.removeprefix(f"{who}_"): v for k, v in metrics.get(file, {}).items() if k.startswith(f"{who}_")}
+    of_test = {"teacher": metrics.get("teacher"), "student": metrics.get("student"), "the teacher's weights in two steps": part("student", "undistilled"),
+               "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
+    of_valid = {"the ablations' teacher": metrics.get("plain")} | {n.removeprefix("ablations/").replace("_", " "): m for n, m in metrics.items() if n.startswith("ablations/")}
+    return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}, valid", row) for name, row in of_valid.items())] if row and "lip_r" in row]
+
+
+def compared(metrics: dict[str, dict]) -> list[dict]:
+    """Each ablation beside its like, and the whole method beside none of it, clip by clip."""
+    each = per_clip(metrics)
+    pairs = [("matching", "undistilled"), *((run, AGAINST.get(run, "control")) for run in each)]
+    found = [(run, than, versus(each[run], each[than])) for run, than in pairs if run != than and run in each and than in each and run != "undistilled"]
+    return [{"name": run.replace("_", " "), "than": than.replace("_", " ")} | numbers for run, than, numbers in found if numbers]
 
 
 def yardsticks(readers: dict) -> list[dict]:

@@ -39,15 +39,21 @@ def load(folder: Path, but: list[str] = ()) -> dict[str, dict]:
     return found
 
 
+def meant(part: dict) -> tuple[str, str, str]:
+    """What a bar of claims.json says: which number, how compared, in which words. Another state of the workbook may have meant something else."""
+    return part["metric"], part["comparison"], part["why"]
+
+
 def compared(judged: dict[str, dict], others: dict[str, dict]) -> tuple[list[dict], dict[str, str]]:
-    """Every bar with what each run has for it, as rows and headings of `report.write_table`: value, interval, verdict. A bar that a run did not have yet stays empty."""
-    def found(run: dict, name: str, metric: str, prefix: str) -> dict:
-        part = next((p for p in run.get(name, {}).get("parts", ()) if p["metric"] == metric), None)
+    """Every bar with what each run has for it, as rows and headings of `report.write_table`: value, interval, verdict. Where a run did not have that bar, or meant
+    something else by it, it stays empty."""
+    def found(run: dict, name: str, here: dict, prefix: str) -> dict:
+        part = next((p for p in run.get(name, {}).get("parts", ()) if meant(p) == meant(here)), None)
         ends = dict(zip((f"{prefix}_lo", f"{prefix}_hi"), part["ci95"])) if part and part["ci95"] else {}
         return {prefix: part and part["value"], f"{prefix}_verdict": part and verdict(part), **ends}
 
     runs = {"here": judged, **others}
-    rows = [{"name": name, "metric": part["metric"]} | {k: v for key, run in runs.items() for k, v in found(run, name, part["metric"], key).items()}
+    rows = [{"name": name, "metric": part["metric"]} | {k: v for key, run in runs.items() for k, v in found(run, name, part, key).items()}
             for name, claim in judged.items() for part in claim["parts"]]
     columns = {key: heading for run in runs for key, heading in ((run, run.replace("_", " ")), (f"{run}_verdict", "verdict"))}
     return rows, {"name": "", "metric": "number", **columns}

@@ -55,6 +55,7 @@ class FakeClips:
         self.truth[self.where(kind="listening"), :, 0] = 0
         self.looks = g.integers(0, 256, (n, SIDE, SIDE, 3))
         self.frames = draw(self.truth, self.looks)
+        self.face = np.broadcast_to(np.float32([0, 0, SIDE, SIDE]), (n, T, 4))
 
     def where(self, **wanted):
         return np.array([i for i, m in enumerate(self.meta) if all(m[k] == v for k, v in wanted.items())], int)
@@ -106,6 +107,7 @@ def test_other_faults_are_found(bench):
     jumps = clips.frames.copy()
     jumps[:, 9:21, 4:12] = 255 - jumps[:, 9:21, 4:12]                    # chunk 1 of chunks of 3 has other colours
     out = evaluate.score(jumps, bench, 3)[0]
+    assert out["eye_moves_per_s"] > 0.5 + out["eye_moves_per_s_real"] and out["ssim"] < 0.95
     assert out["border_ratio"] > 2 * out["border_ratio_real"] and out["seam_ratio"] > 2 * out["seam_ratio_real"] and out["motion_ratio"] > 1.1 and out["psnr_db"] < 30
     open_mouth = clips.truth.copy()
     open_mouth[clips.where(kind="listening"), :, 0] = 0.25

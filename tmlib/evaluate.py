@@ -107,10 +107,12 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     alike = np.array([metrics.ssim(*both) for both in zip(video, clips.frames)])
     real, made = bench.features(clips.frames), bench.features(video)
     moved = metrics.cosine_distance(made, real[:, :1]).mean(1)
-    for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike), ("identity_distance", moved)):
+    for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike),
+                         ("identity_distance", moved), ("eye_moves_per_s", metrics.eye_moves(video, clips.face))):
         out |= metrics.interval(name, values, faces)
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
+    out["eye_moves_per_s_real"] = float(metrics.eye_moves(clips.frames, clips.face).mean())
     out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     far = bench.distances(made, real)

@@ -64,7 +64,7 @@ def _write(path: Path, text: str) -> None:
 
 QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
            "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
-           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion",
+           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s",
            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
 AGAINST = {"control": "undistilled", "rolled": "control", "next_step": "rolled", "clean_pass": "rolled"}             # what an ablation is compared with: its like, else control
@@ -115,7 +115,7 @@ def compared(metrics: dict[str, dict]) -> list[dict]:
 def yardsticks(readers: dict) -> list[dict]:
     """What real clips would have in the table of quality, and what is left of it when the codec has copied them: no generator does better."""
     copies = {key.removeprefix("codec_"): value for key, value in readers.items() if key.startswith("codec_")}
-    real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio")}
+    real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio", "eye_moves_per_s")}
     return [{"name": "real clips"} | real, {"name": "the codec's copies"} | copies] if "frechet" in copies else []
 
 

@@ -93,14 +93,14 @@ def test_borders_lie_where_chunks_meet(chunk, count):
     np.testing.assert_array_equal(metrics.borders(len(owner), chunk), np.flatnonzero(np.diff(owner)))
 
 
-def test_blinks_are_counted_and_sway_is_not():
+def test_blinks_are_counted_and_other_motion_is_not():
     video, face = np.full((4, 32, 40, 40, 3), 100, np.uint8), np.broadcast_to(np.float32([0, 0, 40, 40]), (4, 32, 4))
-    video[0] += (4 * (np.arange(32) % 2)).astype(np.uint8)[:, None, None, None]            # it trembles
-    for shut in (slice(5, 8), slice(20, 22)):
-        video[1, shut, 12:20] = 160                                      # the lids go down and up: two blinks, four moves
+    video[0] += (30 * (np.arange(32) % 2)).astype(np.uint8)[:, None, None, None]           # all of it flickers
+    for shut in (slice(1, 3), slice(20, 23)):
+        video[1, shut, 12:20] = 160                                      # the lids go down, and up again
     video[2, 5:8, 24:] = 160                                             # as much, at the mouth
-    video[3, 1:] += 30                                                   # from the first frame to the second
-    assert metrics.eye_moves(video, face, fps=16).tolist() == [0, 2.0, 0, 0.5]
+    video[3, 9:, 12:20] = 160                                            # a glance, which stays
+    assert metrics.eye_moves(video, face, fps=16).tolist() == [0, 1.0, 0, 0.5]
 
 
 def test_border_ratio():

@@ -12,7 +12,8 @@ from tmlib import conversation, speech
 from tmlib.config import UserError
 from tmlib.conversation import FADE, Conversation
 from tmlib.ear import WINDOW, Ear
-from tmlib.sound import FRAME
+from tmlib.placement import Chunk
+from tmlib.sound import FRAME, Sound
 from tmlib.stream import Streamer
 
 SAID = WAVE[:23_456]                             # an answer
@@ -192,6 +193,31 @@ def test_what_is_said_is_said_once_and_in_order_whenever_it_comes(placement, tim
         c.close()
 
 
+def test_nothing_is_lost_where_parts_of_chunks_are_made_and_shown_in_any_order(monkeypatch):
+    """Chunks are taken back when one, two or all of their parts have been made, and when some of those have been shown."""
+    rng, places = np.random.default_rng(2), set()
+    for _ in range(12):
+        parts, c, sound = [WAVE[a:a + 4000] for a in rng.integers(0, 40_000, 3)], talk(in_parts=True), []
+        rewind, waiting = c.streamer.rewind, list(parts)
+        monkeypatch.setattr(c.streamer, "rewind", lambda at: places.add((c.begins, at > c.streamer.take.after[-1].end)) or rewind(at))
+        while c.make():
+            pass
+        for what in rng.choice(["make", "show", "say"], 300, p=[0.6, 0.35, 0.05]):
+            late = c.late
+            if what == "make":
+                c.make()
+            elif what == "show" and (played := c.frame()[1]) is not None and c.late == late:
+                sound.append(played)
+            elif what == "say" and waiting:
+                c.to_say.append(conversation.Line(waiting.pop(0), 0))
+                c.more = True
+        sound = np.concatenate([*sound, show(c, 80)[1]])
+        for line, part in zip(c.lines, parts, strict=False):
+            assert np.array_equal(sound[line.start:line.start + len(part)], part)
+        assert np.count_nonzero(sound) == sum(np.count_nonzero(part) for part in parts[:3 - len(waiting)])
+    assert places >= {(True, False), (False, False), (False, True)}
+
+
 def test_a_long_call_does_not_grow(monkeypatch):
     monkeypatch.setattr(conversation, "LINES", 5)
     c = talk()
@@ -285,7 +311,7 @@ def test_no_answer_is_an_event():
 
 
 def test_an_interruption_in_the_middle_of_a_chunk_does_not_wait_for_its_end():
-    """Parts that are still to be decoded are dropped, and what was shown of their chunk stays."""
+    """Its parts that are still to be decoded are dropped."""
     c = talk(in_parts=True)
     c.to_say.append(conversation.Line(SAID, 0))
     before = [*show(c, 11)[0]]
@@ -299,6 +325,76 @@ def test_an_interruption_in_the_middle_of_a_chunk_does_not_wait_for_its_end():
     assert stop == (len(before) + 2) * FRAME and c.late == 0
     assert np.array_equal(sound[:2 * FRAME], SAID[len(before) * FRAME:stop]) and not sound[2 * FRAME + FADE:].any()
     assert same(np.stack([*before, *after[:2]]), offline(SAID, len(before) + 2))
+
+
+class Clocked:
+    """A streamer in a time of its own: the DiT takes `dit` seconds a chunk, the decoder `decoder` for a latent frame, and while they work, frames are shown. A frame is its number."""
+    chunk = 3
+
+    def __init__(self, in_parts, dit, decoder, wait):
+        self.in_parts, self.dit, self.decoder, self.wait, self.ends = in_parts, dit, decoder, wait, [0, 0]
+
+    settled = property(lambda self: self.ends[0])
+
+    def chunks(self, picture, sound):
+        self.sound = Sound(sound, 10 * speech.RATE)
+        return self.play(0)
+
+    def resume(self):
+        return self.play(self.ends[-1] // FRAME)
+
+    def rewind(self, at):
+        while at < self.ends[-1]:
+            self.ends.pop()
+        return self.sound.drop(at)
+
+    def play(self, first):
+        while True:
+            cuts = [first, *range(first + (1 if first == 0 else 4), first + (10 if first == 0 else 13), 4)]
+            self.sound.until((cuts[-1] + 4) * FRAME)
+            self.wait(self.dit)
+            for begin, end in itertools.pairwise(cuts if self.in_parts else [first, cuts[-1]]):
+                self.wait(self.decoder * len([c for c in cuts if begin < c <= end]))
+                wave = self.sound.wave[begin * FRAME - self.sound.start:end * FRAME - self.sound.start].copy()
+                if end == cuts[-1]:
+                    self.ends = [self.ends[-1], end * FRAME]
+                yield Chunk(0, begin, begin == 0, end == cuts[-1], wave=wave, frames=np.arange(begin, end))
+            first = cuts[-1]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("dit, decoder", [(0.4, 0.45), (1, 1), (2, 0.5)])
+def test_a_nervous_caller_does_not_make_frames_late(in_parts, dit, decoder):
+    """Answers and interruptions at any time, in a made-up time whose unit is a frame: every frame is there when it is due, in order and with its own sound."""
+    rng, now, shown, due, news = np.random.default_rng(0), [0.0], [], [0.0], [20.0]
+
+    def wait(frames):
+        end = now[0] + frames
+        while c is not None and min(due[0], news[0]) <= end:
+            now[0] = max(now[0], min(due[0], news[0]))
+            if due[0] <= news[0]:
+                frame, _ = c.frame()
+                shown.append(int(frame))
+                due[0] += 1
+            elif c.spoken > c.next * FRAME:
+                c.interrupt()
+                news[0] += rng.uniform(5, 20)
+            else:
+                c.to_say.append(conversation.Line(np.ones(int(rng.uniform(0.5, 3) * speech.RATE), np.float32), c.turn))
+                c.more, news[0] = True, news[0] + rng.uniform(8, 40)
+        now[0] = end
+
+    c = None
+    talk = Conversation(Clocked(in_parts, dit, decoder, wait), Partner(), IMAGE, ear=ScriptedEar(), clock=lambda: now[0] / 16)
+    while talk.make():
+        pass
+    c, due[0], news[0] = talk, now[0] + 1, now[0] + 20
+    while len(shown) < 1500:
+        c.make() or wait(0.1)
+    assert c.late == 0 and shown == list(range(len(shown)))
 
 
 def test_frames_behind_others_of_their_chunk_take_longer_to_make_again():

@@ -62,6 +62,7 @@ def test_readme_says_which_verdicts_differ():
     same, other = judged(0.9), judged(0.8)
     assert readme.tally(same, {"seed_1": same}).endswith("In the run `seed_1` every verdict is the same.")
     assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1` all verdicts are the same but these: C1 fails.")
-    for claim in ("C2", "C3"):
-        other[claim]["parts"][0]["why"] = "another thing"
-    assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1`, of an earlier state, 12 claims had the same bars; there all verdicts are the same but these: C1 fails.")
+    other["C2"]["parts"][0]["why"] = "another thing"
+    assert readme.tally(same, {"seed_1": other}).endswith("In the run `seed_1`, where 1 of the claims measured here had the same bars, all verdicts are the same but these: C1 fails.")
+    other["C1"]["parts"][0]["why"] = "another thing"
+    assert "seed_1" not in readme.tally(same, {"seed_1": other})        # nothing to compare

@@ -67,7 +67,7 @@ class Conversation:
     def __init__(self, streamer, partner, picture, *, ear=None, takes_back=True, clock=time.monotonic, **given):
         self.streamer, self.partner, self.picture, self.given, self.takes_back = streamer, partner, picture, given, takes_back
         self.ear, self.clock = ear or Ear(), clock
-        self.cost, self.begins = {True: 0.0, False: 0.0}, True       # seconds that a part takes which begins a chunk, and another, rather too many; whether the next one does
+        self.cost, self.begins = {True: 0.0, False: 0.0}, True       # seconds, rather too many, for a part that begins a chunk and for another; which the next one is
         self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
         self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
         self.ready, self.next, self.late = deque(), 0, 0             # (frame, wave) to show; their first one's number; frames that came late
@@ -151,9 +151,15 @@ class Conversation:
 
     @property
     def keep(self) -> int:
-        """Frames that stay as they are while those behind them are made again: they are shown meanwhile."""
+        """Frames that stay as they are while those behind them are made again: they are shown meanwhile. Enough too for the part after the one that comes first."""
         most = STRIDE * self.streamer.chunk
-        return next((k for k in range(2, most) if k >= 1.5 * FPS * self.until(self.next + k)), most)
+        size = STRIDE if self.streamer.in_parts else most
+
+        def enough(k: int) -> bool:
+            again, left = self.until(self.next + k), size - (self.next + k + STRIDE - 1) % size      # frames of that first part
+            then = self.cost[(self.next + k + left + STRIDE - 1) % most == 0]
+            return k >= 1.5 * FPS * again and k + left >= 1.5 * FPS * (again + then)
+        return next((k for k in range(2, most) if enough(k)), most)
 
     @property
     def ahead(self) -> int:
@@ -168,10 +174,10 @@ class Conversation:
 
     def make(self) -> bool:
         """Make a chunk, or the next part of one, anew or again, if one is wanted; returns whether."""
-        if self.takes_back and (self.more or self.interrupted):
-            self.take_back()
+        pressing = self.takes_back and (self.more or self.interrupted) and (self.begins or len(self.ready) >= self.keep)       # or what is there would end before it is made again
+        again = pressing and self.take_back()
         with self.lock:
-            if self.begins and len(self.ready) >= self.ahead:
+            if self.begins and len(self.ready) >= self.ahead and not again:
                 return False
         self.chunks = self.chunks or self.streamer.chunks(self.picture, self.sound(), **self.given)
         began = self.clock()
@@ -185,15 +191,15 @@ class Conversation:
             self.ready += list(zip(chunk.frames, chunk.wave.reshape(-1, FRAME)))[known:]
         return True
 
-    def take_back(self) -> None:
+    def take_back(self) -> bool:
         """Forget what is to come, from where it changes on: from the first frame that can still be made again or, if there is only
-        more to say, from the end of what is being said."""
+        more to say, from the end of what is being said. Returns whether there was anything to forget."""
         with self.lock:
             interrupted, self.more, self.interrupted = self.interrupted, False, False
             free = (self.next + min(self.keep, len(self.ready))) * FRAME
             at = max(free, 0 if interrupted else self.spoken, self.streamer.settled)
             if at >= self.sample:
-                return                                                        # all that is made is wanted
+                return False                                                  # all that is made is wanted
             while self.next + len(self.ready) > at // FRAME:
                 self.ready.pop()
         self.chunks.close()
@@ -205,6 +211,7 @@ class Conversation:
             if interrupted:
                 self.fade(forgotten)
         self.chunks, self.begins = self.streamer.resume(), True
+        return True
 
     def fade(self, forgotten: np.ndarray) -> None:
         """An interrupted voice fades: it does not click."""

@@ -70,9 +70,7 @@ def student(dit, batch: Batch, noise: Callable[[int], Tensor], p, grad: int | No
     values: through the mask gradients reach the chunks before, in a rollout (`attention.KVCache`) they end there. p.rolled rolls with per-step caches too.
     """
     ts = flow.timesteps(p.steps, p.shift)
-    if p.rolled or p.cache != "per_step":
-        if start is not None:
-            raise UserError(f"distillation.real_ratio must be 0 with {'rolled' if p.rolled else f'cache {p.cache}'}: its chunks follow from one another, none can start from real video")
+    if p.rolled or p.cache != "per_step":                                     # `matching_losses` sees to it that none is to start from real video
         return chain.rollout(dit, batch.cond, timesteps=ts, chunk=p.chunk, cache=p.cache, noise=noise, grad=grad, **batch.conditions())
     mask = chain.bare(dit).config.mask
     if start is not None and grad:
@@ -110,7 +108,10 @@ def matching_losses(dit, critic, teacher, latents: Latents, pairs: dict[str, Ten
     """The two players of DMD, in parts: (student's loss, critic's loss). DMD2 (Yin et al. 2024) with the paper's added regression.
 
     Both cycle through the denoising steps and use real video equally often, so the critic learns the distribution that it judges.
+    UserError for a student that rolls and real_ratio above 0: its chunks follow from one another, none can start from real video.
     """
+    if p.real_ratio and (p.rolled or p.cache != "per_step"):
+        raise UserError(f"distillation.real_ratio must be 0 with {'rolled' if p.rolled else f'cache {p.cache}'}: chunks that follow from one another cannot start from real video")
     shape = p.batch, *latents.shape
 
     def sample(part: slice, g: torch.Generator, grad: int) -> tuple[Batch, Tensor]:

@@ -29,8 +29,10 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     for name, run in others.items():
         same = [claim for claim, row in claims.items() if [*map(runs.meant, row["parts"])] == [*map(runs.meant, run.get(claim, {}).get("parts", ()))]]
         changed = [f"{claim} {verdict(run[claim])}" for claim in same if run[claim]["holds"] != claims[claim]["holds"]]
-        where = "" if len(same) == len(claims) else f", of an earlier state, {len(same)} claims had the same bars; there"
-        line += f" In the run `{name}`{where} " + ("every verdict is the same." if not changed else f"all verdicts are the same but these: {', '.join(changed)}.")
+        judged = sum(claims[claim]["holds"] is not None for claim in same)
+        if judged:
+            which = "" if len(same) == len(claims) else f", where {judged} of the claims measured here had the same bars,"
+            line += f" In the run `{name}`{which} " + ("every verdict is the same." if not changed else f"all verdicts are the same but these: {', '.join(changed)}.")
     return line
 
 

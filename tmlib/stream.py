@@ -132,7 +132,7 @@ class Streamer:
     # Streams
 
     def stream(self, image, audio_chunks, *, text=None, listening=None, image_tokens=None, audio_mask=None):
-        """Yield frames of picture `image` speaking `audio_chunks`: first 1 + 4 (chunk - 1) frames, then 4 chunk for each chunk.
+        """Yield frames of picture `image` speaking `audio_chunks`: first 1 + 4 (chunk - 1) frames, then 4 chunk for each chunk (in parts: 1, then 4 each).
 
         image: uint8 (H, W, 3). audio_chunks: an iterable of float waveforms (n,), mono 16 kHz, of any sizes, endless if you
         like, or a LiveSound; silence is added at its end until the last sample has its frame. text (1, tokens, D): the prompt;
@@ -159,7 +159,7 @@ class Streamer:
         yield from self.play(self.take)
 
     def resume(self, audio_chunks=None):
-        """`chunks` after the last one delivered, whatever ended the stream: the same as if nothing had happened.
+        """`chunks` after the last one delivered whole, whatever ended the stream: the same as if nothing had happened.
 
         audio_chunks: where the sound comes from if its source was lost, from the first sample not heard on.
         """
@@ -226,13 +226,12 @@ class Streamer:
 
     def placed(self, chunks, past):
         """Chunks of latents decoded, where `placement` says."""
-        chunks = by_latent(chunks) if self.in_parts else chunks
+        chunks, depth = (by_latent(chunks), self.depth * self.chunk) if self.in_parts else (chunks, self.depth)      # as many frames in advance
         if self.placement == "serial":
             return decoded(chunks, self.vae, self.resumable, past)
         if self.placement == "two_process":
-            return self.decoder().run(chunks, self.depth, self.resumable, past, self.blocking)
-        denoised = ahead(chunks, self.depth, self.dit.device)
-        return ahead(decoded(denoised, self.vae, self.resumable, past), self.depth, device_of(self.vae))
+            return self.decoder().run(chunks, depth, self.resumable, past, self.blocking)
+        return ahead(decoded(ahead(chunks, depth, self.dit.device), self.vae, self.resumable, past), depth, device_of(self.vae))
 
     def decoder(self):
         from .two_process import Decoder

@@ -52,3 +52,5 @@ def test_the_readme_says_what_was_measured():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == readme.current(text), "run `python -m tmlib.readme`"
     assert all(f"| {name} |" in text for name in claims.CLAIMS)
+    table = text.partition("<!-- ablations:begin -->")[2].partition("<!-- ablations:end -->")[0]
+    assert {line.count("|") for line in table.splitlines() if line} == {3 + len(readme.RUN)}, "a heading for each number"

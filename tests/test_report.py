@@ -355,7 +355,7 @@ def test_the_page_is_sound_html_whose_every_link_leads_somewhere(root):
 
 
 def test_a_value_does_not_look_like_its_bar():
-    assert [report.beside(x, 1.05) for x in (1.0525, 1.0489, 1.06, 1.05, None)] == ["1.052", "1.049", "1.06", "1.05", "–"]
+    assert [report.beside(x, 1.05) for x in (1.0525, 1.0489, 1.06, 1.05, None, 1.04976)] == ["1.052", "1.049", "1.06", "1.05", "–", "1.0498"]
     assert report.beside(12, 12) == "12" and report.beside(0.9004, 0.9) == "0.9004" and report.beside(0.5, None) == "0.500"
 
 

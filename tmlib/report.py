@@ -123,7 +123,7 @@ def yardsticks(readers: dict) -> list[dict]:
 def beside(value, bar) -> str:
     """A value as it stands beside its bar: with more digits where three would make them look alike."""
     alike = isinstance(value, float) and bar is not None and value != bar and shown(value) == shown(float(bar))
-    return f"{value:.4g}" if alike else shown(value)
+    return next(text for digits in range(4, 18) if float(text := f"{value:.{digits}g}") != bar) if alike else shown(value)
 
 
 def build(root=None, captions: dict[str, str] | None = None) -> None:

@@ -87,10 +87,10 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "other_runs": runs.compared(verdicts, others) if others else ([], {}), "quality": (quality, QUALITY), "ablations": (compared(metrics), ABLATIONS), "drift": (drift if stream else [], DRIFT),
+    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": (compared(metrics), ABLATIONS), "drift": (drift if stream else [], DRIFT),
             "latency": (times, {"name": "", "value": "local run"}),
             "latency_matrix": ([row | paired("fps", row["fps_each"], np.ones(len(row["fps_each"]))) for row in metrics.get("latency_matrix", {}).get("rows", [])], MATRIX),
-            "full_size": (metrics.get("full_size", {}).get("rows", []), FULL)}
+            "full_size": (metrics.get("full_size", {}).get("rows", []), FULL), "other_runs": runs.compared(verdicts, others)}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
 

@@ -46,15 +46,16 @@ def meant(part: dict) -> tuple[str, str, str]:
 
 def compared(judged: dict[str, dict], others: dict[str, dict]) -> tuple[list[dict], dict[str, str]]:
     """Every bar with what each run has for it, as rows and headings of `report.write_table`: value, interval, verdict. Where a run did not have that bar, or meant
-    something else by it, it stays empty."""
+    something else by it, it stays empty; a bar that only this run has is left out."""
     def found(run: dict, name: str, here: dict, prefix: str) -> dict:
         part = next((p for p in run.get(name, {}).get("parts", ()) if meant(p) == meant(here)), None)
         ends = dict(zip((f"{prefix}_lo", f"{prefix}_hi"), part["ci95"])) if part and part["ci95"] else {}
         return {prefix: part and part["value"], f"{prefix}_verdict": part and verdict(part), **ends}
 
     runs = {"here": judged, **others}
-    rows = [{"name": name, "metric": part["metric"]} | {k: v for key, run in runs.items() for k, v in found(run, name, part, key).items()}
+    rows = [{"name": name, "metric": part["metric"], "limit": part["bar"]} | {k: v for key, run in runs.items() for k, v in found(run, name, part, key).items()}
             for name, claim in judged.items() for part in claim["parts"]]
+    rows = [row for row in rows if any(row[key] is not None for key in others)]
     columns = {key: heading for run in runs for key, heading in ((run, run.replace("_", " ")), (f"{run}_verdict", "verdict"))}
     return rows, {"name": "", "metric": "number", **columns}
 

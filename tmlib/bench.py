@@ -14,6 +14,7 @@ import platform
 import re
 import subprocess
 import time
+import traceback
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ from .stand_in import DTYPES, bounded_error, named
 
 SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")                           # of the model
 DECODER = ("together", "by_frames", "channels_last", "autotune", "compile")
-PARTS = ("eager", "together", "alone")                    # of the measurements: --parts
+PARTS = ("together", "eager", "alone")                    # of the measurements: --parts
 WITHOUT = ((), ("graphs",), ("attention",), ("compile",), ("compile", "graphs"))      # if all switches together fail: all but these, in turn
 SHORT_S = 30                                              # what an attempt of a new kind is thought to take
 OVER = "no time left in the budget"
@@ -58,19 +59,19 @@ class Setting(NamedTuple):
 # All of them
 
 def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
-    """The switches of each part: none; all that this machine has, without fp8 and with it; each alone."""
+    """The switches of each part: all that this machine has, without fp8 and with it; none; each alone."""
     able = {"qkv": True, "attention": True, "compile": args.compile, "graphs": device.type == "cuda", "fp8": args.dtype == "fp8"}
     on = tuple(s for s in SWITCHES if able[s])
     without = tuple(s for s in on if s != "fp8")
-    return {"eager": [()], "together": list(dict.fromkeys([without, on])), "alone": [(s,) for s in on]}
+    return {"together": list(dict.fromkeys([without, on])), "eager": [()], "alone": [(s,) for s in on]}
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
-    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either; what may take minutes to prepare comes last."""
+    """As `forms`. If 2D or 3D convolutions are faster is the machine's to say: all others with either."""
     able = tuple(s for s in DECODER if args.compile or s != "compile")
     but = lambda *left_out: tuple(s for s in able if s not in left_out)
-    together = [*((s,) for s in but("autotune", "compile")), but("by_frames", "autotune"), but("autotune"), but("by_frames"), able]
-    return {"eager": [()], "together": list(dict.fromkeys(filter(None, together))), "alone": [(s,) for s in able if s in ("autotune", "compile")]}
+    together = [but("by_frames", "autotune"), but("autotune"), but("by_frames"), able]
+    return {"together": list(dict.fromkeys(filter(None, together))), "eager": [()], "alone": [(s,) for s in able]}
 
 
 class Session:
@@ -81,7 +82,7 @@ class Session:
         self.began, self.longest = time.monotonic(), {}
         model = plan.build(args.variant, chunk=args.settings[0].chunk, **({"num_layers": args.layers} if args.layers else {}))
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
-        self.vae = self.kernel = self.latents = self.pictures = None
+        self.vae = self.plain_vae = self.kernel = self.latents = self.pictures = None
         self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
         tokens, count, width = math.prod(self.place), plan.parameters(model), DTYPES[args.dtype].itemsize
         least = lambda s: s.steps * plan.step_bytes(self.c, count, s.chunk, tokens, width) / 1e9
@@ -100,8 +101,8 @@ class Session:
             try:
                 do()
             except Exception as error:                                  # whatever it is: the other measurements are not to blame
-                lines = str(error).strip().splitlines() or [""]
-                missing[what] = f"{type(error).__name__}: {lines[0][:200]}"
+                traceback.print_exc()
+                missing[what] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 print(f"{what:44s} {missing[what]}", flush=True)
             self.longest[kind] = max(self.longest.get(kind, 0), time.monotonic() - started)
         self.save(self.result)
@@ -111,19 +112,22 @@ class Session:
         """What it can do at most, its best attention kernel, whether it compiles; then the latents that every form is held against."""
         args, device, dtype, first = self.args, self.device, DTYPES[self.args.dtype], self.args.settings[0]
         most = self.result["machine"] = timing.ceilings(dtype, device, args.repeats)
+        self.save(self.result)
         if args.dtype == "fp8":
             self.attempt("fp8 product", lambda: most.update(timing.fp8_ceiling(most["matmul_n"], dtype, device, args.repeats)))
         ms = self.result["attention_ms"] = timing.attention_kernels(self.c, first.chunk, math.prod(self.place), dtype, device, args.repeats)
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
         self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get, default="auto")
+        self.save(self.result)
         self.latents = stand_in.shallow_latents(args, (), self.kernel, self.place, device, exact=True)
         if args.compile:
+            torch._functorch.config.enable_autograd_cache = False             # its keys know nothing of the attention kernel that was chosen
             small = lambda: torch.compile(lambda x: x.sin() + 1, backend=args.backend)(torch.ones(8, device=device))
             self.attempt("compile", small)
             args.compile = "compile" not in self.result["missing"]             # without a compiler at hand all forms would fail
 
     def decoder(self, switches):
-        """One form of the decoder, kept for the placements if it is the fastest so far."""
+        """One form of the decoder, kept for the placements of models with switches on if it is the fastest so far; without switches for those without."""
         args, device, chunk, dtype, label = self.args, self.device, self.args.settings[0].chunk, DTYPES[self.args.dtype], named(switches)
         shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 0}
         if self.pictures is None:
@@ -136,7 +140,9 @@ class Session:
         z = torch.randn(1, 16, chunk, 2 * rows, 2 * columns, generator=torch.Generator(device).manual_seed(3), device=device)
         found = self.result["vae"][label] = {"error": error, **timing.decoder(vae, z, args.repeats, device), **shape}
         print(f"VAE {chunk} latents, {label:28s} {found['ms_p50']:9.2f} ms p50   error {error:.2g}", flush=True)
-        if found["ms_p50"] == min(v["ms_p50"] for v in self.result["vae"].values()):
+        if not switches:
+            self.plain_vae = vae
+        elif found["ms_p50"] == min(v["ms_p50"] for name, v in self.result["vae"].items() if name != "eager"):
             self.vae, self.result["vae_form"] = vae, label
 
     def run(self, switches, settings):
@@ -148,10 +154,13 @@ class Session:
         fast.autotune("autotune" in self.result.get("vae_form", ""))
 
         def at(setting):
-            played, vae = stand_in.Stream(dit, setting, place, device), self.vae if len(switches) != 1 else None
+            played, vae = stand_in.Stream(dit, setting, place, device), {0: self.plain_vae, 1: None}.get(len(switches), self.vae)
+            if vae is not None and vae.together > 1:
+                vae.together = setting.chunk
             row = {"chunk": setting.chunk, "steps": setting.steps, "form": label, "error": error}
             row |= timing.stream(played, place, device, args.repeats, self.result["machine"])
             self.result["runs"][f"{setting} {label}"] = row                            # known, and what does not fit beside it takes nothing away
+            self.save(self.result)
             if vae is not None:
                 beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
                 self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
@@ -161,6 +170,9 @@ class Session:
                   f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)
         for setting in settings:
             self.attempt(f"{setting} {label}", lambda: at(setting), kind=f"{setting}")
+        broken = self.result["missing"].get(f"{settings[0]} {label}", OVER)
+        if broken != OVER and "OutOfMemory" not in broken:                # what passed with a few layers fails with all of them: other switches may not
+            raise RuntimeError(broken)
         if not switches:
             for name, rival in {"no_cache": timing.recomputing, **({"diffusers": timing.diffusers_window} if self.diffusers else {})}.items():
                 self.attempt(name, lambda: self.result.update({name: rival(dit, place, first.chunk, device, max(3, args.repeats // 4))}))
@@ -184,14 +196,15 @@ def bench(args, device, save=lambda result: None) -> dict:
     session.machine()
     for part in (p for p in PARTS if p in args.parts):
         settings, able = args.settings if part == "together" else args.settings[:1], decoders(args)[part] if session.diffusers else []
-        best, *others = forms(args, device)[part][::-1]                        # fp8 first
         for switches in (d for d in able if "autotune" not in d):
             session.try_decoder(switches)
-        session.try_all(best, settings)
-        for switches in (d for d in able if "autotune" in d):                  # each may take a minute
-            session.try_decoder(switches)
-        for switches in others:
+        for switches in forms(args, device)[part]:
             session.try_all(switches, settings)
+        before = session.vae
+        for switches in (d for d in able if "autotune" in d):                  # each may take a minute, and seldom helps
+            session.try_decoder(switches)
+        if part == "together" and session.vae is not before:
+            session.try_all(forms(args, device)[part][-1], settings)           # the last form again, with the decoder that is faster still
     fast.use_attention("auto"), fast.autotune(False)
     return session.result
 

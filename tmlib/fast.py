@@ -11,7 +11,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -60,26 +60,33 @@ def fuse_qkv(dit):
 
 # Compilation and attention kernels
 
+def steady(h, past) -> bool:
+    """Whether a stream's context is of two chunks, as it stays. Compiled code is for this; a stream's first two chunks run as they are, for theirs would take as long to compile."""
+    return past is not None and past[0][0][0].shape[2] == 2 * h.shape[1] * h.shape[2]
+
+
 def compile_blocks(dit, **how):
-    """torch.compile of the block, once for all: its layers share the graph. Contexts of 0, 1 and 2 chunks make three graphs."""
+    """torch.compile of the block, once for all: its layers share the graph. See `steady`."""
+    trunk = dit.trunk
     for block in dit.blocks:
         block.compile(**{"fullgraph": True, "dynamic": False, **how})
+
+    def either(h, temb, mod, ctx, past=None):
+        with nullcontext() if steady(h, past) else torch.compiler.set_stance("force_eager"):
+            return trunk(h, temb, mod, ctx, past)
+
+    dit.trunk = either
     return dit
 
 
 def compile_step(dit, **how):
-    """torch.compile of a stream's whole denoising step, K/V writes inside, once its context is of two chunks; before that it runs as it is.
+    """torch.compile of a stream's whole denoising step, K/V writes inside. See `steady`.
 
     For models of few layers, whose time goes into small operations: it saves the calls between blocks too, and compiles every block anew.
     """
     eager = dit.trunk
     compiled = torch.compile(eager, **{"fullgraph": True, "dynamic": False, **how})
-
-    def trunk(h, temb, mod, ctx, past=None):
-        steady = past is not None and past[0][0][0].shape[2] == 2 * h.shape[1] * h.shape[2]
-        return (compiled if steady else eager)(h, temb, mod, ctx, past)
-
-    dit.trunk = trunk
+    dit.trunk = lambda h, temb, mod, ctx, past=None: (compiled if steady(h, past) else eager)(h, temb, mod, ctx, past)
     return dit
 
 

@@ -100,6 +100,17 @@ def test_life_is_small_smooth_and_repeatable():
     assert a.mouth[~a.speaking][8:, 0].mean() < .05
 
 
+def test_most_pauses_begin_with_a_blink():
+    pause = .4 + .09 + .15 + .08                                         # seconds until the silence in the middle
+    said = phones(("sil", .4), ("m", .09), ("aɪ", .15), ("b", .08), ("sil", .3), ("sil", .3), ("w", .1), ("iː", .2), ("sil", .05), ("w", .1))
+    shut = np.array([make_track(np.random.default_rng(i), said, 32, FPS).blink for i in range(200)])
+    at = round((pause + .1) * FPS)
+    assert .8 < (shut[:, at:at + 2].max(1) == 1).mean() < .98            # two silences in a row are one pause
+    assert (shut[:, at - 5] == 1).mean() < .1 and (shut[:, at + 8] == 1).mean() < .1 and not shut[:, 0].any()
+    silent = np.array([make_track(np.random.default_rng(i), [], 480, FPS).blink for i in range(20)])
+    assert 3 < (silent == 1).sum(1).mean() < 8                           # in half a minute
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("style", STYLES)

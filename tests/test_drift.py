@@ -98,6 +98,14 @@ def test_a_mouth_that_does_not_hear_turns_late(mouth):
     assert drift.toggles(opening, truth, TURNS)["toggle_latency_frames"] > 12
 
 
+def test_a_trend_is_found_and_chance_is_not_taken_for_one():
+    noise, line = np.random.default_rng(0).normal(size=25), np.linspace(0, 3, 25)
+    still, moved = drift.trend("x", noise), drift.trend("x", list(noise + line))
+    assert moved["x"] == pytest.approx(still["x"] + 3) and moved["x"] == pytest.approx(24 * np.polyfit(range(25), noise + line, 1)[0])
+    assert still["x_lo"] < 0 < still["x_hi"] and 1 < moved["x_lo"] < moved["x"] < moved["x_hi"] < 5
+    assert drift.trend("x", [1.0, 1.0, 1.0])["x"] == pytest.approx(0) and np.isfinite(list(drift.trend("x", [1.0, 2.0]).values())).all()
+
+
 def test_near_is_a_mean_of_ten_and_stops_at_the_ends():
     values = np.arange(100.0)
     assert [drift.near(values, k) for k in (0, 50, 99)] == [2.0, 49.5, 96.5]

@@ -101,7 +101,7 @@ def test_missing_or_broken_latents_are_told(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0, picture_weight=0.5)
+P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5)
 
 
 class FakeClips:
@@ -150,9 +150,11 @@ def test_encode_split_by_hand(tmp_path):
     assert b.audio.shape == (n, 4, 2, 3) and b.audio[:, 0, 0, 0].tolist() == list(range(n))
     assert b.face.shape == (n, 4, 2, 2) and (b.face == 1).all()
     touched = torch.from_numpy(per_latent(box_map(clips.mouth, 32, 4)))[:, None]
+    eyes = torch.zeros(4, 4)
+    eyes[1] = 1                                                          # the band of the eyes lies between 10.7 and 16 pixels
     channels = (torch.arange(16.0) / 7.5).view(16, 1, 1, 1)                              # the cost's square root, over its mean
     assert b.weight.shape == (n, 16, 4, 4, 4)
-    torch.testing.assert_close(b.weight, torch.where(touched > 0, 4.0, 1.0) * channels)
+    torch.testing.assert_close(b.weight, torch.where(touched > 0, 4.0, torch.where(eyes > 0, 2.0, 1.0)) * channels)
     assert 0 < touched.mean() < 1
     for i, text in enumerate(b.text):
         assert torch.equal(text, latents.prompt(data.STYLES[i % 3], ("speaking", "listening", None)[i % 3], 10))

@@ -100,7 +100,8 @@ def test_blinks_are_counted_and_other_motion_is_not():
         video[1, shut, 12:20] = 160                                      # the lids go down, and up again
     video[2, 5:8, 24:] = 160                                             # as much, at the mouth
     video[3, 9:, 12:20] = 160                                            # a glance, which stays
-    assert metrics.eye_moves(video, face, fps=16).tolist() == [0, 1.0, 0, 0.5]
+    eyes = np.broadcast_to(np.float32([0, 11, 40, 20]), face.shape)
+    assert metrics.eye_moves(metrics.eye_change(video, eyes, face), fps=16).tolist() == [0, 1.0, 0, 0.5]
 
 
 def test_border_ratio():

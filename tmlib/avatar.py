@@ -32,6 +32,7 @@ WEIGHT = {p: v[3] for ps, v in VISEMES.items() for p in ps.split()}
 GLIDES = {"eɪ": "ɪ", "aɪ": "ɪ", "ɔɪ": "ɪ", "aʊ": "ʊ", "oʊ": "ʊ"}          # diphthongs end here
 LEAD_S, LAG_S = 0.075, 0.095                   # a mouth prepares a sound for less long than it keeps its trace
 PAUSE_S, LISTEN_S = 0.12, 0.35                 # shorter silences do not close the mouth; longer ones are listening
+BLINK_S, LIDS = 0.10, (.6, 1.0, .8, .3)        # a blink comes so long after a pause begins; lids fall faster than they rise
 
 
 @dataclass
@@ -122,7 +123,7 @@ def make_track(rng, phones, T, fps, start_s=0.0):
     pose[:, 2] += .01 * beats * rng.choice((-1, 1))
     gaze = _gaze(rng, t, listening)
     brow = np.clip(brow + .5 * _bumps(rng, t, 3.5, .5) * listening, 0, 1)
-    return Track(mouth, _blinks(rng, T, fps), gaze, pose.astype(np.float32), brow.astype(np.float32), speaking)
+    return Track(mouth, _blinks(rng, phones, T, fps), gaze, pose.astype(np.float32), brow.astype(np.float32), speaking)
 
 
 def _speaking(phones, t):
@@ -182,13 +183,20 @@ def _gaze(rng, t, listening):
     return out.astype(np.float32)
 
 
-def _blinks(rng, T, fps):
-    """Eyes shut over three frames, every three seconds or so, (T,) 0 open .. 1 shut."""
-    out, at = np.zeros(T + 4, np.float32), rng.exponential(1.5) * fps
-    while at < T:
-        f = int(at)
-        out[f:f + 3] = np.maximum(out[f:f + 3], (.55, 1.0, .45)[:len(out[f:f + 3])])
-        at += fps * (.8 + rng.exponential(2.4))
+def _blinks(rng, phones, T, fps):
+    """How far the eyes are shut, float32 (T,): most longer pauses begin with a blink, and every six seconds or so there is another; none at frame 0.
+
+    People blink at the ends of what they say: Nakano & Kitazawa (2010), Eyeblink entrainment at breakpoints of speech.
+    """
+    times = [s.start + BLINK_S for s in _sounds(phones) if s.symbol == "sil" and s.end - s.start >= LISTEN_S and rng.random() < .85]
+    at = rng.exponential(3)
+    while at < T / fps:
+        times.append(at)
+        at += .8 + rng.exponential(5)
+    out = np.zeros(T + len(LIDS), np.float32)
+    for f in (round(at * fps) for at in times):
+        if 0 < f < T:
+            out[f:f + len(LIDS)] = np.maximum(out[f:f + len(LIDS)], LIDS)
     return out[:T]
 
 

@@ -235,6 +235,12 @@ def box_map(boxes: np.ndarray, size: int, cells: int) -> np.ndarray:
     return (inside(y0, y1)[..., :, None] & inside(x0, x1)[..., None, :]).astype(np.float32)
 
 
+def eye_box(face: np.ndarray) -> np.ndarray:
+    """The band in which the eyes of faces are, boxes (..., 4), as boxes."""
+    x0, y0, x1, y1 = np.moveaxis(face, -1, 0)
+    return np.stack([x0, y0 + 0.28 * (y1 - y0), x1, y0 + 0.5 * (y1 - y0)], -1)
+
+
 def per_latent(x: np.ndarray) -> np.ndarray:
     """Largest value in each latent frame's window: (n, T, ...) -> (n, F, ...), windows [0, 1) and [4k - 3, 4k + 1)."""
     rest = x[:, 1:].reshape(x.shape[0], -1, 4, *x.shape[2:]).max(2)

@@ -13,8 +13,8 @@ from .config import DATA, METRICS, MODELS, ROOT, UserError, atomic, cli, load_js
 from .data import Clips
 from .scales import commit
 
-FILES = ("vae.safetensors", "speech.safetensors", "readers.safetensors", "dialogue.safetensors", *(f"student/{name}" for name in (
-    "diffusion_pytorch_model.safetensors", "tm_audio.safetensors", "config.json", "tm_config.json", "stream.json")))
+FILES = ("vae.safetensors", "speech.safetensors", "readers.safetensors", "dialogue.safetensors", "student/stream.json", *(f"{dit}/{name}" for dit in ("student", "teacher") for name in (
+    "diffusion_pytorch_model.safetensors", "tm_audio.safetensors", "config.json", "tm_config.json")))
 NUMBERS = {"codec": ["psnr_db"], "readers": ["codec_lip_r"], "speech": ["phone_accuracy_test"], "teacher": ["lip_r"],
            "student": ["lip_r", "lip_r_natural", "border_ratio", "teacher_ratio"], "dialogue": ["right_unseen"]}
 

@@ -1,6 +1,6 @@
 """A long stream, measured while it flows by: lips, colour, sharpness, identity, and how much frames differ. A few numbers a chunk are kept.
 
-`talk` makes what it is to say, with exact truth all along; `watch` streams it; `series` and `near` say what has become of the picture.
+`talk` makes what it is to say, with exact truth all along; `watch` streams it; `series`, `near` and `trend` say what has become of the picture.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,6 +112,18 @@ def toggles(opening: np.ndarray, truth: np.ndarray, turns: list[tuple[float, boo
             opens.append(float(np.flatnonzero(read[sure[0]:]).min(initial=PATIENCE)))
     numbers = {"toggle_close_frames": float(np.mean(closing or [PATIENCE])), "toggle_open_frames": float(np.mean(opens or [PATIENCE]))}
     return numbers | {"toggle_latency_frames": max(numbers.values())}
+
+
+def trend(name: str, parts: list[float]) -> dict[str, float]:
+    """How much a number changes over a stream, given its value in equal parts, one after another: {name, name_lo, name_hi}.
+
+    It is what a straight line through the parts gains from the first to the last; the interval comes from drawing parts anew.
+    """
+    x, y, n = np.linspace(0, 1, len(parts)), np.array(parts, float), len(parts)
+    def gain(drawn):                                                          # (samples, n), how often each part counts
+        mean_x, mean_y = drawn @ x / n, drawn @ y / n
+        return (drawn @ (x * y) / n - mean_x * mean_y) / np.maximum(drawn @ (x * x) / n - mean_x ** 2, 1e-12)
+    return metrics.named(name, (float(gain(np.ones(n))), *(float(end) for end in np.percentile(gain(metrics.resampled(n)), [2.5, 97.5]))))
 
 
 def near(values: np.ndarray, k: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from . import flow, metrics, ranks
 from .config import Progress
-from .data import STYLES, Clips, to_float, to_uint8
+from .data import STYLES, Clips, eye_box, to_float, to_uint8
 from .latents import Latents
 from .sampling import at_speed, clip_noise, denoiser
 
@@ -107,12 +107,14 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     alike = np.array([metrics.ssim(*both) for both in zip(video, clips.frames)])
     real, made = bench.features(clips.frames), bench.features(video)
     moved = metrics.cosine_distance(made, real[:, :1]).mean(1)
+    eyes, true_eyes = (metrics.eye_change(frames, eye_box(clips.face), clips.face) for frames in (video, clips.frames))
+    blinked = np.array([metrics.pearson(*both) for both in zip(eyes, true_eyes)])
     for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike),
-                         ("identity_distance", moved), ("eye_moves_per_s", metrics.eye_moves(video, clips.face))):
+                         ("identity_distance", moved), ("eye_moves_per_s", metrics.eye_moves(eyes)), ("eye_r", blinked)):
         out |= metrics.interval(name, values, faces)
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
-    out["eye_moves_per_s_real"] = float(metrics.eye_moves(clips.frames, clips.face).mean())
+    out["eye_moves_per_s_real"] = float(metrics.eye_moves(true_eyes).mean())
     out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     far = bench.distances(made, real)

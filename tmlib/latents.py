@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ranks
 from .config import SCRATCH, Progress, UserError, atomic
-from .data import Clips, box_map, per_latent, to_float
+from .data import Clips, box_map, eye_box, per_latent, to_float
 from .vae import i2v_condition
 
 
@@ -77,7 +77,7 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path, hear=Non
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
-    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, picture_weight.
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight.
     hear: (waves (n, samples), generator) -> what is heard of them, for training in noise; None: all as it is.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
@@ -120,12 +120,13 @@ def encode(clips: Clips, index: range, vae, encoder, conditions, p, hear=None) -
     waves = torch.stack([torch.as_tensor(clips.wave(i)) for i in index])                       # (n, samples)
     if hear is not None:
         waves = hear(waves, torch.Generator().manual_seed(index.start))
+    mouth, eyes = p.mouth_weight * touched(clips.mouth, z.shape[-1]), p.eye_weight * touched(eye_box(clips.face), z.shape[-1])     # (n, F, h, w)
     each = vae.cost.cpu().view(-1, 1, 1, 1) ** p.picture_weight                                # (16, 1, 1, 1)
     return {"z": z, "cond": i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu(),
             "image": conditions.tokens(video[:, :, 0]),
             "audio": torch.stack([encoder.tokens(wave, 0, n_latent).cpu() for wave in waves]),
             "face": touched(clips.face, z.shape[-1] // 2),
-            "weight": each / each.mean() * (1 + (p.mouth_weight - 1) * touched(clips.mouth, z.shape[-1])[:, None])}
+            "weight": each / each.mean() * torch.maximum(mouth, eyes).clamp(min=1)[:, None]}
 
 
 def prompts(meta: list[dict], conditions, dim: int) -> dict[str, Tensor]:

@@ -77,16 +77,20 @@ def frame_difference(video: np.ndarray) -> np.ndarray:
     return np.stack([np.abs(np.diff(v.astype(np.int16), axis=0)).mean((1, 2, 3)) for v in video])
 
 
-def eye_moves(video: np.ndarray, face: np.ndarray, fps: int = 16, jump: float = 8.0) -> np.ndarray:
-    """Blinks and quick glances a second, per clip (n,): how often the band of the eyes, of face boxes (n, T, 4) in pixels, begins to change by `jump` grey
-    levels a frame more than the face's median pixel does, a blink's opening being part of its closing. Sway stays below that, blinks of the drawn faces do not."""
-    rates = []
-    for clip, (x0, y0, x1, y1) in zip(video, face.mean(1).round().astype(int)):
-        change = np.abs(np.diff(clip[:, y0:y1, x0:x1].astype(np.int16), axis=0)).mean(-1)             # (T - 1, h, w)
-        eyes = change[:, round(0.28 * (y1 - y0)):round(0.5 * (y1 - y0))].mean((1, 2))
-        at = np.flatnonzero(eyes - np.median(change, (1, 2)) > jump)
-        rates.append((np.diff(at, prepend=-fps) > fps // 4).sum())
-    return np.array(rates) * fps / video.shape[1]
+def eye_change(video: np.ndarray, eyes: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """How much more the boxes of eyes (n, T, 4), in pixels, change from frame to frame than the face's median pixel, in grey levels: (n, T - 1)."""
+    out = []
+    for clip, *boxes in zip(video, *(boxes.mean(1).round().astype(int) for boxes in (eyes, face))):
+        change = np.abs(np.diff(clip.astype(np.int16), axis=0)).mean(-1)                              # (T - 1, H, W)
+        band, whole = (change[:, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
+        out.append(band.mean((1, 2)) - np.median(whole, (1, 2)))
+    return np.stack(out)
+
+
+def eye_moves(change: np.ndarray, fps: int = 16, jump: float = 8.0) -> np.ndarray:
+    """Blinks and quick glances a second, (n,): how often `eye_change` begins to be above `jump`, a blink's opening being part of its closing.
+    Sway stays below that, blinks of the drawn faces do not."""
+    return np.array([(np.diff(np.flatnonzero(c > jump), prepend=-fps) > fps // 4).sum() for c in change]) * fps / (change.shape[1] + 1)
 
 
 def borders(frames: int, chunk: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from .layers import Block, Context
 TEXT, IMAGE = 512, 257                            # tokens of UMT5 and CLIP in Wan2.1
 STRIDE, FPS = 4, 16                               # video frames per latent frame, per second
 WIDTHS = {"fp32": 4, "bf16": 2, "fp8": 1}         # bytes per element
-RATE = 790e12 * 0.65                              # assumed: an H200's dense bf16 at 65 % utilisation
+RATE = 790e12 * 0.65                              # assumed: 65 % of what large bf16 products reach on an H200, whose data sheet says 990e12
 CARDS, CODEC = (80, 141), 4                       # GB of a card; assumed of the codec's decoder: weights, past, the pictures of a chunk
 NO_INPUT_GRADIENT = ("patch", "time in", "text in")              # first on their path: backward makes a weight gradient only
 KNOWN = frozenset({"time", "text", "image"})      # what a stream remembers for ever; audio from a chunk's second step on

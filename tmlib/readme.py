@@ -24,8 +24,13 @@ def cells(row: dict) -> tuple[str, str, str]:
 
 def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     """How many hold, and how that was in other runs, in a line."""
-    held = [row["holds"] for row in claims.values()]
-    line = f"Of {len(held)} claims {held.count(True)} hold, {held.count(False)} fail, {held.count(None)} could not be measured."
+    def count(rows: list[dict]) -> str:
+        held = [row["holds"] for row in rows]
+        narrowly = sum(row["holds"] is True and row["clear"] is False for row in rows)
+        return f"{held.count(True)} hold{f' ({narrowly} narrowly)' if narrowly else ''}, {held.count(False)} fail, {held.count(None)} could not be measured"
+
+    papers, more = ([row for name, row in claims.items() if name.startswith("N") == ours] for ours in (False, True))
+    line = f"Of the paper's {len(papers)} claims {count(papers)}; of {len(more)} more, {count(more)}."
     for name, run in others.items():
         same = [claim for claim, row in claims.items() if [*map(runs.meant, row["parts"])] == [*map(runs.meant, run.get(claim, {}).get("parts", ()))]]
         changed = [f"{claim} {verdict(run[claim])}" for claim in same if run[claim]["holds"] != claims[claim]["holds"]]
@@ -37,8 +42,8 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
 
 
 def numbers(run: dict) -> list[str]:
-    """An ablation's cells."""
-    return [shown(run[key]) for key in RUN]
+    """An ablation's cells. Chunks of other sizes have other borders, at which real clips change by more or less, so the border ratio is one over theirs."""
+    return [shown(run[key] / run.get(f"{key}_real", 1) if key == "border_ratio" else run[key]) for key in RUN]
 
 
 def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
@@ -58,7 +63,7 @@ def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
 
 def filled(text: str, claims: dict[str, dict], ablations: dict[str, dict], others: dict[str, dict] = {}) -> str:
     """README's text with both tables and the tally made anew; claims: of claims.json; ablations: of metrics/ablations; others: of data/runs."""
-    text = re.sub(r"^Of \d+ claims .*$", tally(claims, others), text, flags=re.M)
+    text = re.sub(r"^Of the paper's \d+ claims .*$", tally(claims, others), text, flags=re.M)
     return refilled(refilled(text, "claims", claims, cells), "ablations", ablations, numbers)
 
 

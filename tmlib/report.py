@@ -21,7 +21,7 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
              "streaming": "60_streaming", "latency": "65_latency", "latency_matrix": "65_latency", "robustness": "67_robustness",
              "dialogue": "68_conversation", "conversation": "68_conversation", "plain": "69_plain", "ablated": "70_ablations"}
 
-SOURCES = "70_ablations", "90_report"                # of the notebooks these are linked as they are written: one ran many times, one makes the page
+MANY = {"70_ablations": "ablations"}                  # notebooks that ran many times, and the folder of what they made
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -64,14 +64,14 @@ def _write(path: Path, text: str) -> None:
 
 QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
            "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
-           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s",
+           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
-AGAINST = {"control": "undistilled", "rolled": "control", "next_step": "rolled", "clean_pass": "rolled"}             # what an ablation is compared with: its like, else control
+AGAINST = {"control": "undistilled", "matching": "longer", "rolled": "control", "next_step": "rolled", "clean_pass": "rolled"}             # what an ablation is compared with: its like, else control
 ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, over"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
-          "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95", "dit_ms_p50": "DiT", "latents_ms_p50": "latents sent", "vae_ms_p50": "VAE",
-          "frames_ms_p50": "frames sent", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
+          "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
+          "frames_ms_p50": "frames sent, ms", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
 FULL = {"setting": "chunk x steps", "device": "device", "form": "form", "fps": "frames/s, with VAE", "placement": "placement", "dit_fps": "DiT alone",
         "ms_p50": "DiT chunk p50, ms", "tflops": "TFLOP/s", "mfu": "MFU", "first_frames_ms": "first frames, ms", "peak_gb": "GB", "error": "error",
         "date": "date", "commit": "commit", "torch": "torch"}
@@ -155,8 +155,7 @@ def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dic
         named = lambda stem: captions.get(stem) or stem.replace("_", " ").capitalize()
         return [{"src": f"{folder}/{p.name}", "caption": named(p.stem)} for p in paths]
 
-    ran = lambda p: f"../notebooks/{p.name}" if p.stem in SOURCES else f"nb/{p.name}"
-    nb = {p.stem: ran(p) for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}
+    nb = {p.stem: f"nb/{MANY.get(p.stem, p.name)}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}
     known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
     environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "beside": beside, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}

@@ -27,7 +27,8 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     def count(rows: list[dict]) -> str:
         held = [row["holds"] for row in rows]
         narrowly = sum(row["holds"] is True and row["clear"] is False for row in rows)
-        return f"{held.count(True)} hold{f' ({narrowly} narrowly)' if narrowly else ''}, {held.count(False)} fail, {held.count(None)} could not be measured"
+        counted = lambda verdict, word: f"{held.count(verdict)} {word}{'s' if held.count(verdict) == 1 else ''}"
+        return f"{counted(True, 'hold')}{f' ({narrowly} narrowly)' if narrowly else ''}, {counted(False, 'fail')}, {held.count(None)} could not be measured"
 
     papers, more = ([row for name, row in claims.items() if name.startswith("N") == ours] for ours in (False, True))
     line = f"Of the paper's {len(papers)} claims {count(papers)}; of {len(more)} more, {count(more)}."

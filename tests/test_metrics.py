@@ -191,11 +191,6 @@ def test_cosine_distance(rng):
     assert metrics.cosine_distance(np.zeros((1, 3)), np.ones(3)) == 1    # of nothing: no division by zero
 
 
-def test_slope():
-    assert metrics.slope(np.array([1.0, 3, 5])) == pytest.approx(2)
-    assert metrics.slope(np.array([1.0, 3, 5]), [0, 10, 20]) == pytest.approx(0.2)
-
-
 def test_paired_ratios_do_not_see_what_both_suffer():
     load = np.array([1, 1, 5, 1, 3, 1, 1, 9.0])                          # a busy machine slows both of a turn
     found = metrics.paired("x", 2 * load, load)

@@ -170,12 +170,6 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1 - (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)
 
 
-def slope(values: np.ndarray, x: np.ndarray | None = None) -> float:
-    """Least-squares slope of values over x (default: their index)."""
-    x = np.arange(len(values)) if x is None else np.asarray(x)
-    return float(np.polyfit(x, values, 1)[0])
-
-
 # -------------------------------------------------------------------------------------------------------- latency
 def latency(seconds: list[float], name: str) -> dict[str, float]:
     """Milliseconds at the 50th and 95th percentile of timed runs, warm-up already excluded."""

@@ -28,6 +28,17 @@ def test_turns_alternate_and_silence_is_silent(talk):
         assert talk.speaking((begin + end) / 2) == on
 
 
+def test_again_says_the_same_words_at_the_same_place_of_each_passage(talk):
+    long = drift.again(talk, 300)                                             # two and a half times
+    assert len(long.wave) == 300_000 and long.truth.shape == (300,)
+    for k in range(0, 300, 60):
+        assert np.array_equal(long.wave[k * 1000:k * 1000 + 60_000], talk.wave[k % 120 * 1000:k % 120 * 1000 + 60_000])
+        assert np.array_equal(long.truth[k:k + 60], talk.truth[k % 120:k % 120 + 60])
+    assert all(long.speaking(s) == talk.speaking(s % 7.5) for s in np.arange(0.25, 18.75, 0.5)) and max(begins for begins, _ in long.turns) < 18.75
+    same = drift.again(talk, 120)
+    assert np.array_equal(same.wave, talk.wave) and same.turns == talk.turns
+
+
 class Streamer:
     """Shows frames that were drawn before, twelve at a time after the first nine, and notes which prompt holds."""
 
@@ -103,6 +114,11 @@ def test_a_trend_is_found_and_chance_is_not_taken_for_one():
     still, moved = drift.trend("x", noise), drift.trend("x", list(noise + line))
     assert moved["x"] == pytest.approx(still["x"] + 3) and moved["x"] == pytest.approx(24 * np.polyfit(range(25), noise + line, 1)[0])
     assert still["x_lo"] < 0 < still["x_hi"] and 1 < moved["x_lo"] < moved["x"] < moved["x_hi"] < 5
+    both = drift.trend("x", [noise + line, noise[::-1] + 2 * line + 50])      # two streams, however far apart
+    steep = [24 * np.polyfit(range(25), y, 1)[0] for y in (noise + line, noise[::-1] + 2 * line)]
+    assert both["x"] == pytest.approx(np.mean(steep)) and both["x_lo"] < both["x"] < both["x_hi"]
+    many = drift.trend("x", np.random.default_rng(1).normal(size=(9, 25)))
+    assert many["x_hi"] - many["x_lo"] < 0.6 * (still["x_hi"] - still["x_lo"])
     assert drift.trend("x", [1.0, 1.0, 1.0])["x"] == pytest.approx(0) and np.isfinite(list(drift.trend("x", [1.0, 2.0]).values())).all()
 
 

@@ -36,7 +36,8 @@ def good():
         "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, fps_each=[240.0, 250.5, 260.0], first_frame_ms=80.0)]),
         "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
         "ablated": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2, steps_frechet_ratio=0.9, chunk_frechet_ratio=0.95,
-                        distilling_quality_gain=0.06, distilling_ssim_gain=0.05, distilling_frechet_ratio=0.4, forgetting=1.05, forgetting_without_chunk_0=9.0),
+                        distilling_quality_gain=0.06, distilling_ssim_gain=0.05, distilling_frechet_ratio=0.4, forgetting=1.05, forgetting_without_chunk_0=9.0,
+                        endless_lip_r_trend=-0.004, endless_identity_trend=0.0001, endless_identity=0.008, endless_chunks=1021),
         "conversation": dict(turns=12, reply_ms_p95=800.0, lip_r=0.89, listening_opening_mean=0.02, interrupted_ms_max=420.0, late=0.0, right_live=0.96),
         "dialogue": dict(right_unseen=0.95),
         "robustness": dict(lip_r_ratio_accent=0.97, lip_r_ratio_slow=0.98, lip_r_ratio_fast=0.95, lip_r_ratio_noise=0.91),
@@ -78,8 +79,8 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
             ((3, 2, "serial", [100, 50]), (3, 4, "serial", [50, 25]), (7, 2, "serial", [80, 40]), (7, 2, "overlap", [1, 1]))]
     (root / "reports" / "metrics" / "ablated.json").unlink()
     write("latency_matrix", dict(scale="mini", rows=rows))
-    clips("control", [0.5, 0.7, 0.9], 2.0)
-    clips("four_steps", [0.6, 0.8, 1.0], 1.5)
+    clips("longer", [0.5, 0.7, 0.9], 2.0)
+    clips("four_longer", [0.6, 0.8, 1.0], 1.5)
     found = claims.load_metrics(root)
     made = found["ablated"]
     assert made["steps_quality_gain"] == pytest.approx(0.1) == made["steps_quality_gain_lo"] and "chunk_quality_gain" not in made
@@ -88,16 +89,19 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
     assert not {"distilling_quality_gain", "distilling_frechet_ratio", "forgetting"} & set(made)
     row = claims.judge(found)["C10"]
     assert row["holds"] is None and "chunk_quality_gain" in row["reason"] and row["evidence"] == "reports/metrics/ablations"
+    clips("control", [0.5, 0.7, 0.9], 2.0)
     clips("chunk_7", [0.5, 0.6, 0.9], 2.0)
     assert claims.judge(claims.load_metrics(root))["C10"]["holds"] is False
     clips("undistilled", [0.3, 0.6, 0.8], 8.0)
     clips("matching", [0.5, 0.7, 0.9], 2.0)
-    for name, *numbers in (("control", 0.06, 0.05), ("without_chunk_0", 0.6, 0.1)):
-        write(f"ablations/{name}", dict(zip(("stream_identity", "stream_identity_early"), numbers)))
+    ends = lambda name, value: {name: value, f"{name}_lo": value - 0.1, f"{name}_hi": value + 0.1}
+    write("ablations/matching", ends("forgetting", 1.2) | ends("stream_lip_r_trend", 0.0) | ends("stream_identity_trend", 0.1) | {"stream_identity_passage": 0.5, "stream_chunks": 1021})
+    write("ablations/without_chunk_0", ends("forgetting", 6.0))
     made = claims.load_metrics(root)["ablated"]
     assert made["distilling_quality_gain"] == pytest.approx(0.4 / 3) and made["distilling_quality_gain_lo"] == pytest.approx(0.1)
     assert made["distilling_ssim_gain"] == pytest.approx(0.03) and made["distilling_ssim_gain_lo"] == 0            # one of two faces did not change
-    assert [made[k] for k in ("distilling_frechet_ratio", "forgetting", "forgetting_without_chunk_0")] == pytest.approx([0.25, 1.2, 6.0])
+    assert [made[k] for k in ("distilling_frechet_ratio", "forgetting", "forgetting_lo", "forgetting_without_chunk_0_hi")] == pytest.approx([0.25, 1.2, 1.1, 6.1])
+    assert [made[k] for k in ("endless_lip_r_trend", "endless_identity_trend_hi", "endless_identity", "endless_chunks")] == pytest.approx([0.0, 0.2, 0.5, 1021])
 
 
 def test_ablations_stand_beside_their_like(root):

@@ -310,7 +310,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--stun", action="append", default=[], metavar="HOST:PORT", help="who tells both sides their public address (default: nobody)")
     add("--partner", metavar="NAME", help="folder or hub id of a public audio language model, such as Qwen/Qwen2-Audio-7B-Instruct (default: the models' own)")
     add("--voice", metavar="NAME", help="who speaks, of data/voices.yaml")
-    add("--seed", type=int, default=0, metavar="N", help="another seed gives other blinks and sway (default 0)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     return parser
 

@@ -1,6 +1,6 @@
 """A long stream, measured while it flows by: lips, colour, sharpness, identity, and how much frames differ. A few numbers a chunk are kept.
 
-`talk` makes what it is to say, with exact truth all along; `watch` streams it; `series`, `near` and `trend` say what has become of the picture.
+`talk` makes what it is to say, with exact truth all along, and `again` repeats it; `watch` streams it; `series`, `near` and `trend` say what has become of the picture.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +41,13 @@ def talk(rng, words, frames: int, speak_s, listen_s) -> Talk:
         phones += [Phone(x.symbol, x.start + t, min(x.end, n / RATE) + t) for x in said if x.start < n / RATE]
         t += n / RATE
     return Talk(np.concatenate(waves)[:frames * RATE // FPS], avatar.mouth_track(phones, frames, FPS)[:, 0], turns)
+
+
+def again(passage: Talk, frames: int) -> Talk:
+    """The same words again and again, for so many frames: what changes from one time to the next is the stream, not what it says."""
+    n = len(passage.truth)
+    turns = [(begins + k * n / FPS, speaks) for k in range(-(-frames // n)) for begins, speaks in passage.turns]
+    return Talk(np.resize(passage.wave, frames * RATE // FPS), np.resize(passage.truth, frames), [turn for turn in turns if turn[0] < frames / FPS])
 
 
 @dataclass
@@ -114,16 +121,20 @@ def toggles(opening: np.ndarray, truth: np.ndarray, turns: list[tuple[float, boo
     return numbers | {"toggle_latency_frames": max(numbers.values())}
 
 
-def trend(name: str, parts: list[float]) -> dict[str, float]:
-    """How much a number changes over a stream, given its value in equal parts, one after another: {name, name_lo, name_hi}.
+def trend(name: str, parts) -> dict[str, float]:
+    """How much a number changes over a stream, given its value in equal parts, one after another, (n,), or those of several streams, (streams, n):
+    {name, name_lo, name_hi}.
 
-    It is what a straight line through the parts gains from the first to the last; the interval comes from drawing parts anew.
+    It is what straight lines through the parts, one a stream and all as steep, gain from the first part to the last; the interval comes from drawing the parts of each stream anew.
     """
-    x, y, n = np.linspace(0, 1, len(parts)), np.array(parts, float), len(parts)
-    def gain(drawn):                                                          # (samples, n), how often each part counts
-        mean_x, mean_y = drawn @ x / n, drawn @ y / n
-        return (drawn @ (x * y) / n - mean_x * mean_y) / np.maximum(drawn @ (x * x) / n - mean_x ** 2, 1e-12)
-    return metrics.named(name, (float(gain(np.ones(n))), *(float(end) for end in np.percentile(gain(metrics.resampled(n)), [2.5, 97.5]))))
+    y = np.atleast_2d(np.array(parts, float))                                 # (streams, n)
+    x, n = np.linspace(0, 1, y.shape[1]), y.shape[1]
+    mean = lambda drawn, v: (drawn * v).sum(-1) / n
+    def gain(drawn):                                                          # (..., streams, n), how often each part counts
+        both, wide = mean(drawn, x * y) - mean(drawn, x) * mean(drawn, y), mean(drawn, x * x) - mean(drawn, x) ** 2
+        return both.sum(-1) / np.maximum(wide.sum(-1), 1e-12)
+    drawn = np.stack([metrics.resampled(n, seed=k) for k in range(len(y))], 1)
+    return metrics.named(name, (float(gain(np.ones(y.shape))), *(float(end) for end in np.percentile(gain(drawn), [2.5, 97.5]))))
 
 
 def near(values: np.ndarray, k: int) -> float:

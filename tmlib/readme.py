@@ -33,8 +33,9 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     papers, more = ([row for name, row in claims.items() if name.startswith("N") == ours] for ours in (False, True))
     line = f"Of the paper's {len(papers)} claims {count(papers)}; of {len(more)} more, {count(more)}."
     for name, run in others.items():
-        same = [claim for claim, row in claims.items() if [*map(runs.meant, row["parts"])] == [*map(runs.meant, run.get(claim, {}).get("parts", ()))]]
-        changed = [f"{claim} {verdict(run[claim])}" for claim in same if run[claim]["holds"] != claims[claim]["holds"]]
+        there = run["claims"]
+        same = [claim for claim, row in claims.items() if {*map(runs.meant, row["parts"])} == {*map(runs.meant, there.get(claim, {}).get("parts", ()))}]
+        changed = [f"{claim} {verdict(there[claim])}" for claim in same if there[claim]["holds"] != claims[claim]["holds"]]
         judged = sum(claims[claim]["holds"] is not None for claim in same)
         if judged:
             which = "" if len(same) == len(claims) else f", where {judged} of the claims measured here had the same bars,"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import config, runs
-from .claims import CLAIMS, SIGNS, judge, load_metrics, per_clip, verdict, versus
+from .claims import CLAIMS, SIGNS, compared, judge, load_metrics, verdict
 from .config import atomic
 from .figures import intervals, shown
 from .metrics import paired
@@ -67,7 +67,6 @@ QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "li
            "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
-AGAINST = {"control": "undistilled", "matching": "longer", "rolled": "control", "next_step": "rolled", "clean_pass": "rolled"}             # what an ablation is compared with: its like, else control
 ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, over"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
@@ -80,17 +79,17 @@ CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdi
 
 
 def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str, dict] = {}) -> dict[str, tuple]:
-    """The tables that metrics, and the claims of other runs, can fill: name -> (rows, headings)."""
+    """The tables that metrics, and other runs (`runs.load`), can fill: name -> (rows, headings)."""
     judged = [row | {"name": name, "verdict": verdict(row), "limit": row["bar"], "bar": f"{SIGNS[row['comparison']]} {shown(row['bar'])}"}
               | dict(zip(("value_lo", "value_hi"), row["ci95"] or (None, None))) for name, row in verdicts.items()]
     quality = [*yardsticks(metrics.get("readers", {})), *models(metrics)]
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": (compared(metrics), ABLATIONS), "drift": (drift if stream else [], DRIFT),
+    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": runs.repeated(compared(metrics), others, ABLATIONS), "drift": (drift if stream else [], DRIFT),
             "latency": (times, {"name": "", "value": "local run"}),
             "latency_matrix": ([row | paired("fps", row["fps_each"], np.ones(len(row["fps_each"]))) for row in metrics.get("latency_matrix", {}).get("rows", [])], MATRIX),
-            "full_size": (metrics.get("full_size", {}).get("rows", []), FULL), "other_runs": runs.compared(verdicts, others)}
+            "full_size": (metrics.get("full_size", {}).get("rows", []), FULL), "other_runs": runs.side_by_side(verdicts, others)}
     return {name: (rows, {k: h for k, h in heads.items() if any(r.get(k) is not None for r in rows)})
             for name, (rows, heads) in made.items() if rows}
 
@@ -102,14 +101,6 @@ def models(metrics: dict[str, dict]) -> list[dict]:
                "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
     of_valid = {"the ablations' teacher": metrics.get("plain")} | {n.removeprefix("ablations/").replace("_", " "): m for n, m in metrics.items() if n.startswith("ablations/")}
     return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}, valid", row) for name, row in of_valid.items())] if row and "lip_r" in row]
-
-
-def compared(metrics: dict[str, dict]) -> list[dict]:
-    """Each ablation beside its like, and the whole method beside none of it, clip by clip."""
-    each = per_clip(metrics)
-    pairs = [("matching", "undistilled"), *((run, AGAINST.get(run, "control")) for run in each)]
-    found = [(run, than, versus(each[run], each[than])) for run, than in pairs if run != than and run in each and than in each and run != "undistilled"]
-    return [{"name": run.replace("_", " "), "than": than.replace("_", " ")} | numbers for run, than, numbers in found if numbers]
 
 
 def yardsticks(readers: dict) -> list[dict]:

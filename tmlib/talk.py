@@ -133,7 +133,7 @@ def arguments() -> argparse.ArgumentParser:
     add("speech", help="a recording of 1 second to 10 minutes: wav, flac, mp3, ogg, m4a, or a video with sound")
     add("out", help="the video to write, .mp4")
     add("--models", metavar="FOLDER", help="trained models (default: data/models after `make repro`, else data/demo)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="another seed gives other blinks and sway (default 0)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     add("--steps", type=_whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
     add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")

@@ -1,9 +1,14 @@
 """fast: the same outputs as the eager model and decoder, in less time on a GPU; graphs are replayed here by a recorder that does what CUDA does."""
 
+import copy
+import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
+from tiny import make_dit
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,6 +18,7 @@ from tmlib import fast, flow, plan, stand_in
 from tmlib.chain import CACHES, Chain
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
+from tmlib.stream import Streamer
 
 SIZES = dict(text_dim=16, image_dim=16, audio_dim=16, audio_width=16, audio_hidden=32, freq_dim=32, ffn_dim=64, attention_head_dim=16)
 
@@ -27,13 +33,13 @@ def randn(*shape, seed):
 
 
 @torch.no_grad()
-def stream(dit, chunks=11, steps=2, texts=None, cache="per_step", change_at=7, chunk=3, sound=True):
-    """Latents (1, 16, 3 chunks, 4, 4) of a stream; the prompt changes at chunk `change_at`."""
+def stream(dit, chunks=11, steps=2, prompts=None, cache="per_step", change_at=7, chunk=3, sound=True):
+    """Latents (1, 16, 3 chunks, 4, 4) of a stream; the prompt changes at chunk `change_at`, or is each chunk the next of `prompts`."""
     texts, image, mask = [randn(1, 5, 16, seed=s) for s in (1, 2)], randn(1, 3, 16, seed=3), torch.rand(1, 3, 2, 2)[:, :1].expand(1, chunk, 2, 2) * 0 + 0.7
     chain = Chain(dit, randn(1, 20, 21, 4, 4, seed=4), flow.timesteps(steps, 5.0), cache=cache)
     out = []
     for i in range(chunks):
-        out.append(chain.next(lambda step: randn(1, 16, chunk, 4, 4, seed=100 * i + step), text=texts[i >= change_at], image=image,
+        out.append(chain.next(lambda step: randn(1, 16, chunk, 4, 4, seed=100 * i + step), text=prompts[i] if prompts else texts[i >= change_at], image=image,
                               audio=randn(1, chunk, 4, 16, seed=1000 + i) if sound else None, audio_mask=mask if sound else None).clone())
     return torch.cat(out, 2)
 
@@ -176,10 +182,47 @@ def test_replayed_passes_give_the_same_stream(how):
     assert len(recorded) == passes * (1 if how["chunks"] == 10 else 2)
 
 
-def test_recordings_do_not_pile_up():
-    graphed = fast.Graphed(make(), record)
-    stream(graphed, chunks=14, change_at=10)
-    assert len(graphed.recordings) == 2
+def test_recordings_of_prompts_that_come_back_are_kept_and_do_not_pile_up():
+    recorded = []
+    graphed = fast.Graphed(make(), lambda run, pool: recorded.append(run) or record(run, pool))
+    words = [randn(1, 5, 16, seed=k) for k in range(5)]
+    turns = [0] * 9 + [1] * 3 + [0, 1, 0] + [2] * 3 + [3] * 3 + [0, 3] + [1] * 3            # speaking and listening in turns; then others, one after another
+    prompts = [words[k] for k in turns]
+    assert torch.equal(stream(graphed, chunks=len(turns), prompts=prompts), stream(make(), chunks=len(turns), prompts=prompts))
+    assert fast.PROMPTS == 3 and len(graphed.recordings) == 3 and all(len(steps) == 2 for steps in graphed.recordings.values())
+    assert len(recorded) == 2 * 5                           # 0, 1, 2, 3, and 1 once more, which had to go for 3
+
+
+@pytest.mark.parametrize("placement", ["serial", "overlap"])
+def test_the_runtime_streams_with_recordings_as_without(placement):
+    """Prompts that alternate, a new picture, and chunks that are taken back: the very same frames."""
+    def frames(dit):
+        with Streamer(dit, FakeVAE(), FakeEars(), placement, undo=2) as streamer:
+            quiet = [np.tile(WAVE[:12_000], 9), np.zeros(48_000, np.float32), np.tile(WAVE[:12_000], 3)]       # its pauses are prompted otherwise
+            chunks, out = streamer.chunks(IMAGE, quiet, **PROMPT, listening=-PROMPT["text"]), []
+            for chunk in chunks:
+                out.append(chunk.frames)
+                if len(out) == 12:
+                    break
+            chunks.close()
+            forgotten = streamer.rewind(streamer.settled)
+            for chunk in streamer.resume(itertools.chain([forgotten], [np.tile(WAVE[:12_000], 12)])):
+                out.append(chunk.frames)
+                if len(out) == 18:
+                    streamer.set_image(IMAGE[::-1].copy(), PROMPT["image_tokens"])
+        return out
+    recorded = []
+    made = frames(fast.Graphed(make_dit().eval(), lambda run, pool: recorded.append(run) or record(run, pool)))
+    assert recorded and all(np.array_equal(a, b) for a, b in zip(made, frames(make_dit().eval()), strict=True)) and len(made) > 22
+
+
+def test_a_graphed_model_can_be_asked_what_any_can():
+    dit = make()
+    graphed = fast.Graphed(dit)
+    assert (graphed.config, graphed.chunk, graphed.device, graphed.dtype) == (dit.config, dit.chunk, dit.device, dit.dtype)
+    with pytest.raises(AttributeError):
+        graphed.nothing
+    assert copy.copy(graphed).module is dit                 # and not for ever for `module` itself
 
 
 class OnDevice(TorchFunctionMode):
@@ -264,11 +307,16 @@ def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
 def test_the_decoder_attends_whatever_kernel_the_model_was_given():
     """Its head of 384 fits neither flash nor cuDNN, and the choice holds for the whole process."""
     on = lambda: [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
-    vae = SimpleNamespace(net=SimpleNamespace(decoder=torch.nn.Identity()), decode=lambda z, past=None: (on(), past))
+    class Codec:
+        net, wrong = SimpleNamespace(decoder=torch.nn.Identity()), False
+
+        def decode(self, z, past=None):
+            return 1 / 0 if self.wrong else (on(), past)
+    vae = Codec()
     fast.use_attention("flash")
     try:
         assert fast.decoder(vae, (), 3).decode(None, past=1) == ([True] * 4, 1) and on() == [True, False, False, False]
-        vae.decode = lambda z: 1 / 0
+        vae.wrong = True
         with pytest.raises(ZeroDivisionError):
             fast.decoder(vae, (), 3).decode(None)
         assert on() == [True, False, False, False]

@@ -93,16 +93,37 @@ def test_a_gpu_that_is_not_there_is_told():
         talk.load_models(talk.config.DATA / "demo", "cuda")
 
 
+def test_the_fast_forms_are_for_a_gpu_and_change_what_a_stream_runs_on():
+    from tmlib import fast
+    with pytest.raises(UserError, match="--fast fp8: is for a GPU"):
+        talk.load_models(talk.config.DATA / "demo", "cpu", "fp8")
+    plain = talk.load_models(talk.config.DATA / "demo")
+    made = talk.faster(plain, "fp8")
+    block = made.dit.blocks[0]
+    assert isinstance(made.dit, fast.Graphed) and isinstance(block.attn1, fast.FusedSelfAttention) and isinstance(block.attn1.to_qkv, fast.Float8Linear)
+    assert made.vae is plain.vae and made.how is plain.how and talk.make_streamer(made).chunk == 3
+
+
+def test_warming_is_silence_until_a_stream_is_steady():
+    from fakes import IMAGE, PROMPT, FakeEars, FakeVAE
+    from tiny import make_dit
+
+    from tmlib.stream import Streamer
+    streamer = Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars())
+    talk.warm(streamer, IMAGE, **PROMPT)
+    assert streamer.take.index == 10 and not streamer.take.sound.wave.any()
+
+
 def test_command_makes_the_video_and_passes_its_options(files, capsys):
     asked = {}
 
     def load(folder, **options):
         asked.update(options, folder=folder)
         return fake(in_world=False)
-    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2", "--placement", "overlap", "--device", "cpu"]
+    options = ["--seed", "7", "--steps", "4", "--cache", "clean_pass", "--style-prompt", "flat", "--scale", "2", "--placement", "overlap", "--device", "cpu", "--fast", "bf16"]
     assert talk.main(command(files, *options), load) == 0
     assert asked == {"folder": files / "models", "seed": 7, "steps": 4, "cache": "clean_pass", "prompt": "flat", "placement": "overlap",
-                     "device": "cpu"}
+                     "device": "cpu", "speed": "bf16"}
     with av.open(str(files / "out.mp4")) as video:
         assert (video.streams.video[0].frames, video.streams.video[0].width) == (41, 32)
     said = capsys.readouterr()

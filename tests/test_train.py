@@ -215,6 +215,9 @@ def test_gradients_are_clipped(tmp_path):
     p.loss = lambda g, step: {k: 1000 * v for k, v in loss(g, step).items()}
     history = train.train([p], 1, 0, tmp_path, "x")
     assert history[0]["grad_norm"] > 10                                  # told as it was
+    assert not p.optimisers and not p.average and all(q.grad is None for q in p.model.parameters())          # room for what comes next
+    p.optimisers = train.build_optimisers(p.model, p.optim)
+    train.play(p, 0, 1, 0)
     norm = torch.stack([q.grad.norm() for q in p.model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.1, rel=1e-3)
 

@@ -32,7 +32,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from . import config, media
 from .config import UserError
-from .talk import FPS, WATCHABLE, default_models
+from .talk import FPS, SPEEDS, default_models
 
 RATE, PACKET, CLOCK = 48_000, 960, 90_000       # Opus: samples per second and per packet (20 ms); ticks per second of a video timestamp
 LAG = 0.04                                      # s: a packet that straddles two frames is complete 20 ms late, and loops are not punctual
@@ -94,7 +94,7 @@ class Track(MediaStreamTrack):
 
 def enlarged(picture: np.ndarray, n: int) -> av.VideoFrame:
     """Picture uint8 (H, W, 3), the n-th -> frame of about WATCHABLE pixels. Lanczos: the hard edges of repeated pixels turn to noise in VP8."""
-    scale = max(1, WATCHABLE // len(picture))
+    scale = max(1, media.WATCHABLE // len(picture))
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
     frame = frame.reformat(picture.shape[1] * scale, len(picture) * scale, "yuv420p", interpolation="LANCZOS")
     frame.pts, frame.time_base = n * CLOCK // FPS, Fraction(1, CLOCK)
@@ -296,7 +296,7 @@ async def serve(app: web.Application, listening: socket.socket) -> None:
 def _load(args) -> Callable[[], "Conversation"]:
     """The models, loaded once -> what makes the conversation of one call."""
     from .conversation import open_call
-    return open_call(args.face, args.models, args.seed, args.style_prompt, args.partner, args.voice)
+    return open_call(args.face, args.models, args.seed, args.style_prompt, args.partner, args.voice, args.fast)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -310,6 +310,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--stun", action="append", default=[], metavar="HOST:PORT", help="who tells both sides their public address (default: nobody)")
     add("--partner", metavar="NAME", help="folder or hub id of a public audio language model, such as Qwen/Qwen2-Audio-7B-Instruct (default: the models' own)")
     add("--voice", metavar="NAME", help="who speaks, of data/voices.yaml")
+    add("--fast", choices=SPEEDS, help="on a GPU: faster forms of the models, see `python -m tmlib.talk --help`; compiling them comes before the first call")
     add("--seed", type=int, default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     return parser

@@ -295,10 +295,10 @@ class Conversation:
             self.failed = UserError(f"the conversation broke off: {type(error).__name__}: {error}")
 
 
-def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None):
+def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None, speed: str | None = None):
     """Load everything once -> what makes the Conversation of one call with this face. UserError names what is missing.
 
-    partner: folder or hub id of a public audio language model; None: that of the models' folder. voice: a name of data/voices.yaml.
+    partner: folder or hub id of a public audio language model; None: that of the models' folder. voice: a name of data/voices.yaml. speed: see `talk.load_models`.
     """
     import torch
 
@@ -307,7 +307,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
         raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
-    m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu", speed)
     mind = audio_llm.load(partner, speaker) if partner else dialogue.load_partner(folder, m.encoder, speaker)
     if isinstance(mind, dialogue.Partner):
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
@@ -315,9 +315,12 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     picture = media.read_image(face, m.how["size"])
     tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
     told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
+    shown = dict(text=told["speaking"], listening=told["listening"], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    if speed:
+        print("compiling: the first time takes minutes", flush=True)
+        talk.warm(talk.make_streamer(m), picture, **shown)
 
     def call() -> Conversation:
         mind.forget()
-        return Conversation(talk.make_streamer(m, seed=seed, undo=1, in_parts=True), mind, picture, text=told["speaking"], listening=told["listening"],
-                            image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+        return Conversation(talk.make_streamer(m, seed=seed, undo=1, in_parts=True), mind, picture, **shown)
     return call

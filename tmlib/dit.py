@@ -219,7 +219,12 @@ class WanDiT(nn.Module):
         c, chunk = self.config, chunk or self.chunk
         tokens = chunk * (height // c.patch_size[1]) * (width // c.patch_size[2])
         return att.KVCache(c.num_layers, batch, c.num_attention_heads, tokens, c.attention_head_dim, chunk,
-                           device=self.device, dtype=self.dtype, memo=memo, mask=c.mask)
+                           device=self.device, dtype=self.cache_dtype(), memo=memo, mask=c.mask)
+
+    def cache_dtype(self):
+        """That of keys and values: the weights', but under autocast on a GPU what its products give, in half the memory."""
+        cuda = self.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        return torch.get_autocast_dtype("cuda") if cuda else self.dtype
 
     @classmethod
     def from_variant(cls, name, **overrides):

@@ -3,7 +3,7 @@
 - `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`, `compile_step`: elementwise work fused by torch.compile;
   `to_fp8`: the large linears in e4m3, the only change whose outputs differ beyond rounding order;
   `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `decoder`: the decoder's own switches;
-  `use_attention`, `autotune`: which kernels run, in the whole process.
+  `use_attention`, `autotune`: which kernels run, in the whole process; `model`: several of these in the order that works.
 - All but `Graphed`, a wrapper, change the model in place and return it: 18 B parameters do not fit a card twice.
 - Names of parameters change, so a fast model is for running, not for saving.
 """
@@ -30,6 +30,16 @@ E4M3_MAX = torch.finfo(E4M3).max                  # 448
 FP8_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
               "ffn.net.0.proj", "ffn.net.2")
 ATTENTIONS = ("flash", "cudnn", "mem_efficient", "math")
+SERVED = ("qkv", "compile", "graphs"), ("together", "channels_last", "compile")       # switches of model and decoder in a stream for people: `talk.load_models`
+PROMPTS = 3                                       # sets of conditions whose recordings a stream keeps: speaking, listening, one more
+
+
+def model(dit, switches, backend="inductor"):
+    """A WanDiT with switches on: "qkv", "fp8", "compile", "graphs". Linears are joined before they are quantised; graphs wrap it all."""
+    dit = fuse_qkv(dit) if "qkv" in switches else dit
+    dit = to_fp8(dit) if "fp8" in switches else dit
+    dit = compile_blocks(dit, backend=backend) if "compile" in switches else dit
+    return Graphed(dit) if "graphs" in switches else dit
 
 
 # One product for queries, keys and values
@@ -164,13 +174,13 @@ def to_fp8(dit):
 def cuda_graph(run, pool):
     """Record run() without executing it: (its static output, replay, the memory pool); pool: of an earlier recording, or None."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):           # another thread may be decoding
         out = run()
     return out, graph.replay, graph.pool()
 
 
 class Recording(NamedTuple):
-    fixed: tuple                                            # what it depends on, compared by identity
+    fixed: tuple                                            # what it depends on, known by identity as long as it is held
     out: Tensor | None = None
     replay: Callable | None = None                          # None: not recorded yet, run once as it is
     held: tuple = ()                                        # results in the recordings' memory that others read
@@ -181,34 +191,43 @@ class Graphed:
 
     Once positions are pinned at the window's end, a denoising step does the same on the same buffers for ever: it is run
     once more as it is, then recorded, then replayed. What stays fixed in a recording is known by identity, as in
-    `KVCache.remember`: cache, time, text, image tokens, face mask; with a new one it is recorded anew. The chunk's sound is
-    embedded in the recording of the first step, from whose memory the other steps read its keys and values. The result of a
-    step is overwritten by the same step of the next chunk. record: see `cuda_graph`.
+    `KVCache.remember`: cache, time, text, image tokens, face mask; for new ones it is recorded anew, and the recordings for the last
+    PROMPTS of them are kept, whole sets of steps: the chunk's sound is embedded in the recording of the first step, from whose memory
+    the other steps read its keys and values. The result of a step is overwritten by the same step of the next chunk. record: see `cuda_graph`.
     """
 
     def __init__(self, dit, record=cuda_graph):
         self.module, self.record = dit, record
         self.forget()
 
+    def __getattr__(self, name):
+        if name == "module":                                # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.module, name)                   # config, chunk, device: all that a stream asks of a model
+
     def forget(self):
         """Free recordings, and with them the caches they write to: before another stream begins."""
         self.shapes = self.x = self.sound = self.heard = self.alias = self.pool = None
-        self.recordings: dict[tuple, Recording] = {}
+        self.recordings: dict[tuple, dict[tuple, Recording]] = {}                        # of each set of conditions, of each step
 
     def __call__(self, x, t, *, cache=None, audio=None, **given):
         if cache is None or cache.filled < 2 or cache.filled * cache.chunk < cache.window - cache.chunk:
             return self.module(x, t, cache=cache, audio=audio, **given)
         self.take(x, audio)
-        key, fixed = (id(cache), id(cache.writes_to), id(t)), (cache, t, *given.values())
-        known = self.recordings.get(key)
-        if known is None or len(known.fixed) != len(fixed) or any(a is not b for a, b in zip(known.fixed, fixed)):
-            self.recordings[key] = Recording(fixed)                                     # kernels load and tables fill in a first run
+        fixed = (cache, cache.writes_to, t, *given.values())
+        told, key = tuple(map(id, given.values())), tuple(map(id, fixed))
+        steps = self.recordings[told] = self.recordings.pop(told, {})                       # the last used is the last to go
+        while len(self.recordings) > PROMPTS:
+            del self.recordings[next(iter(self.recordings))]
+        known = steps.get(key)
+        if known is None:
+            steps[key] = Recording(fixed)                                                   # kernels load and tables fill in a first run
             return self.module(x, t, cache=cache, audio=audio, **given)
         if known.replay is None:
-            pool = self.pool if any(r.replay for r in self.recordings.values()) else None   # one whose graphs are gone cannot be used again
+            pool = self.pool if any(r.replay for each in self.recordings.values() for r in each.values()) else None      # one whose graphs are gone cannot be used again
             run = lambda: self.module(self.x, t, cache=cache, audio=self.alias, **given)
             out, replay, self.pool = self.record(run, pool)
-            known = self.recordings[key] = Recording(fixed, out, replay, tuple(entries[-1] for entries in cache.memo.values()))
+            known = steps[key] = Recording(fixed, out, replay, tuple(entries[-1] for entries in cache.memo.values()))
         else:
             cache.advance()                                                             # recording did this itself
         known.replay()
@@ -243,8 +262,14 @@ def decoder(vae, switches, chunk: int, backend="inductor"):
             m.weight.data = m.weight.data.to(memory_format=torch.channels_last if m.weight.ndim == 4 else torch.channels_last_3d)
     if "compile" in switches:
         fuse_norms(vae.net.decoder, backend)
-    vae.decode = any_attention()(vae.decode)                # its one head is 384 wide: neither flash nor cuDNN takes it
+    vae.decode = partial(by_any_attention, vae)             # its one head is 384 wide: neither flash nor cuDNN takes it
     return vae
+
+
+def by_any_attention(vae, *given, **how):
+    """decode of the vae's class. A function with a name, so that the vae can be sent to another process."""
+    with any_attention():
+        return type(vae).decode(vae, *given, **how)
 
 
 class NormSiLU(nn.Module):

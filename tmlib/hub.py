@@ -9,6 +9,7 @@ What is special
 """
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from .config import UserError, atomic
@@ -29,7 +30,9 @@ def find_part(source, part: str, config: str = "config.json") -> Path:
     raise UserError(f"{path / part / config}: missing, and so is {path / config}; copy the model's {part} there")
 
 
+@lru_cache
 def download(hub_id: str, part: str) -> Path:
+    """Once in a process: every batch asks where its encoders are, and each time the hub would be asked."""
     try:
         from huggingface_hub import snapshot_download
         alone = ("diffusion_pytorch_model", "tm_") if part == "transformer" else ("model",)      # files of a part that is no pipeline's

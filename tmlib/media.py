@@ -26,6 +26,7 @@ RATES = (8_000, 192_000)                # accepted at the door: below, speech ha
 FULL_SCALE = 0.999                      # a sample at or above this touched the limit of its recorder
 LOUDEST = 8.0                           # float files may overshoot 1.0, but not by 18 dB: then they hold integers
 SIDES = (32, 50_000_000)                # a picture's least side and most pixels
+WATCHABLE = 384                         # pixels: small models' frames are enlarged to about this side
 # Whitelists, because ffmpeg also opens play-lists and scripts that name other files, and Pillow can start Ghostscript.
 CONTAINERS = "wav,w64,aiff,au,flac,ogg,mp3,aac,mov,mp4,m4a,matroska,webm,avi"
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -333,6 +334,6 @@ def check_output(path, suffix: str = ".mp4") -> None:
 
 
 def write_video(path, frames: np.ndarray, wave: np.ndarray | None = None, fps: int = 16, scale: int = 4) -> None:
-    """frames uint8 (T, H, W, 3) and, if given, wave float32 (n,) at 16 kHz -> one mp4. See VideoWriter."""
-    with VideoWriter(path, fps, frames.shape[1:3], scale=scale) as video:
+    """frames uint8 (T, H, W, 3) and, if given, wave float32 (n,) at 16 kHz -> one mp4. See VideoWriter. Enlarged `scale` times, or less: pictures that are large enough stay."""
+    with VideoWriter(path, fps, frames.shape[1:3], scale=max(1, min(scale, WATCHABLE // frames.shape[1]))) as video:
         video.write(frames, wave)

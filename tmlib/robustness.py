@@ -72,12 +72,12 @@ def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
     return [(c.wave + crowd * rms(c.wave) / rms(crowd) * 10 ** (-snr_db / 20)).astype(np.float32) for c, crowd in zip(some, crowds)]
 
 
-def lip_r(split: Split, student, models, p, how, what: str) -> np.ndarray:
+def lip_r(split: Split, student, models, p, how, what: str, together: int) -> np.ndarray:
     """Lip r of the streamed student on every clip (n,). models: (vae, speech encoder, conditions, lip reader, face encoder);
-    p: the student's steps, shift, chunk, cache; how: the parameters of `encode_split`."""
+    p: the student's steps, shift, chunk, cache; how: the parameters of `encode_split`; together: clips that stream at once."""
     vae, encoder, told, lips, face = models
     with TemporaryDirectory() as folder:
         encode_split(split, vae, encoder, told, how, path := Path(folder) / f"{what}.safetensors")
         bench = evaluate.Bench(split, Latents(path), vae, lips, face)
-    video = bench.videos(lambda batch, index: sampling.student(student, batch, index, p), 12, what)
+    video = bench.videos(lambda batch, index: sampling.student(student, batch, index, p), together, what)
     return metrics.lip_r(bench.read(video)[..., 0], split.truth[..., 0])

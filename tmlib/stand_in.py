@@ -117,16 +117,13 @@ def named(switches) -> str:
 
 
 def form(args, switches, device, kernel="auto", layers=None):
-    """The model with its switches on. The order matters: attention is settled before compilation, graphs wrap it all."""
+    """The model with its switches on. The order matters: attention is settled before compilation."""
     gc.collect(), torch.cuda.empty_cache()                              # the form before this one must not be there any more
     torch._dynamo.reset()                                               # and compiled graphs have its attention kernel baked in
     fast.use_attention(kernel if "attention" in switches else "auto")
     dit = random_dit(args.variant, device, DTYPES[args.dtype], args.seed, chunk=args.settings[0].chunk,
                      **({} if layers is None else {"num_layers": layers}))
-    dit = fast.fuse_qkv(dit) if "qkv" in switches else dit
-    dit = fast.to_fp8(dit) if "fp8" in switches else dit
-    dit = fast.compile_blocks(dit, backend=args.backend) if "compile" in switches else dit
-    return fast.Graphed(dit) if "graphs" in switches else dit
+    return fast.model(dit, switches, args.backend)
 
 
 def shallow_latents(args, switches, kernel, place, device, exact=False):

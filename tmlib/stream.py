@@ -100,7 +100,8 @@ class Streamer:
             raise UserError(f"the speech encoder hears {group} latent frames at a time, and chunks of {self.chunk} are no whole groups: load it with `load_speech(folder, {self.chunk})`")
         self.history_s = history_s
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
-        self.text, self.listening, self.take, self.worker = None, None, None, worker
+        self.told = self.text = self.listening = self.take = None
+        self.worker = worker
         self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
         self.vae_device = vae_device or another(dit.device)
         if placement == "two_device" and hasattr(vae, "to"):
@@ -112,7 +113,8 @@ class Streamer:
 
     def set_text(self, text):
         """Change the prompt embedding (1, tokens, text_dim) from the next chunk on: speaking, listening, another mood."""
-        self.text = None if text is None else text.to(self.dit.device)
+        if text is not self.told:                # the same words stay the same tensor: what is remembered of them is known by it
+            self.told, self.text = text, None if text is None else text.to(self.dit.device)
 
     def set_image(self, image, image_tokens=None):
         """Change the picture, uint8 (H, W, 3) of the same size, at the next chunk's border: a new first chunk, the same sound."""
@@ -279,6 +281,7 @@ class Streamer:
         cond = i2v_condition(self.vae, to_video(image).to(device_of(self.vae)), self.window, self.dit.config.condition)
         take.image_tokens = None if tokens is None else tokens.to(self.dit.device)
         take.offset = self.sample(take, take.chain.index * self.chunk) if take.chain else 0
+        getattr(self.dit, "forget", lambda: None)()          # recordings of the picture before, and with them its caches (`fast.Graphed`)
         take.chain = Chain(self.dit, cond.to(self.dit.device), **self.chain)
 
     @staticmethod

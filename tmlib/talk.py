@@ -7,11 +7,13 @@ Special here:
 """
 
 import argparse
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from .config import Progress, UserError
 
 FPS = 16
 SAMPLES = media.RATE // FPS                     # of sound per video frame
-WATCHABLE = 384                                 # pixels: small models' frames are enlarged to about this side
 SECONDS = (1.0, 600.0)                          # of speech
+SPEEDS = ("bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def talk(talker: Talker, image: np.ndarray, wave: np.ndarray, path, scale: int |
     scale: whole-number enlargement; None: to about 384 pixels. Raises UserError when the file cannot be written.
     """
     total = -(-len(wave) // SAMPLES)            # the last frame may outlast the sound, never the other way round
-    scale = scale or max(1, WATCHABLE // talker.size)
+    scale = scale or max(1, media.WATCHABLE // talker.size)
     progress, done = Progress(total, "talk"), 0
     with (media.VideoWriter(path, FPS, talker.size, scale=scale) as video,
           closing(talker.stream(image, waves(wave, talker.chunk))) as stream):
@@ -85,8 +87,12 @@ class Models:
     how: dict
 
 
-def load_models(folder: Path, device: str = "cpu") -> Models:
-    """Everything that a stream needs on `device`, the DiT in float32 on a CPU, else in bfloat16. UserError names a file that is missing or unfit."""
+def load_models(folder: Path, device: str = "cpu", speed: str | None = None) -> Models:
+    """Everything that a stream needs on `device`, the DiT in float32 on a CPU, else in bfloat16. UserError names a file that is missing or unfit.
+
+    speed, on a GPU: "bf16" or "fp8", DiT and Wan's decoder in the forms of `fast` that `python -m tmlib.bench` times. Code is compiled and passes are
+    recorded in a stream's first nine or so chunks, which so come late; once for all streams, but for a second of recording.
+    """
     import torch
 
     from . import readers
@@ -98,9 +104,21 @@ def load_models(folder: Path, device: str = "cpu") -> Models:
     lips, face = readers.load_readers(folder)
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {device}: this machine has no such GPU, or torch was installed without CUDA; use cpu")
+    if speed and device == "cpu":
+        raise UserError(f"--fast {speed}: is for a GPU; leave it out on a CPU")
     dit = WanDiT.from_pretrained(folder / "student", torch.float32 if device == "cpu" else torch.bfloat16, device).eval().requires_grad_(False)
-    how = config.load_json(folder / "student" / "stream.json")
-    return Models(dit, load_codec(folder, device), load_speech(folder).to(device), lips, face, load_conditions(folder), how)
+    vae, how = load_codec(folder, device, torch.bfloat16 if speed else torch.float32), config.load_json(folder / "student" / "stream.json")
+    made = Models(dit, vae, load_speech(folder).to(device), lips, face, load_conditions(folder), how)
+    return faster(made, speed) if speed else made
+
+
+def faster(m: Models, speed: str) -> Models:
+    """The same models, DiT and decoder changed in place: see `load_models`. The miniature's own decoder stays as it is."""
+    from . import fast
+    from .wan_vae import WanVAE
+    of_model, of_decoder = fast.SERVED
+    vae = fast.decoder(m.vae, of_decoder, m.how["chunk"]) if isinstance(m.vae, WanVAE) else m.vae
+    return replace(m, dit=fast.model(m.dit, (*of_model, speed)), vae=vae)
 
 
 def make_streamer(m: Models, steps: int | None = None, cache: str | None = None, seed: int = 0, placement: str = "serial", **more):
@@ -110,12 +128,21 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed, **more)
 
 
-def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial", device: str | None = None) -> Talker:
+def warm(streamer, image: np.ndarray, **conditions) -> None:
+    """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
+    silence = itertools.repeat(np.zeros(streamer.chunk * 4 * SAMPLES, np.float32))
+    with closing(streamer.stream(image, silence, **conditions)) as frames:
+        for _ in range(math.ceil(streamer.window / streamer.chunk) + 3):
+            next(frames)
+
+
+def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt: str, placement: str = "serial", device: str | None = None,
+          speed: str | None = None) -> Talker:
     """Models of a folder, set up for streaming."""
     import torch
 
     from . import data
-    m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), speed)
     streamer = make_streamer(m, steps, cache, seed, placement)
     text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
     as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
@@ -140,6 +167,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--placement", choices=("serial", "overlap", "two_device", "two_process"), default="serial",
         help="where picture and decoder run, see tmlib/placement.py; the frames are the same (default serial)")
     add("--device", choices=("cpu", "cuda"), help="where the DiT runs (default: a GPU if there is one)")
+    add("--fast", choices=SPEEDS, help="on a GPU: compiled, replayed as CUDA graphs, Wan's decoder in bfloat16; fp8: large products in 8 bit too")
     add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
     return parser
 
@@ -159,7 +187,8 @@ def main(argv: list[str] | None = None, load: Callable[..., Talker] = _load) -> 
     wave = media.read_audio(args.speech, *SECONDS)
     media.read_image(args.face, 64)             # a bad picture should not wait for the models
     print(f"models: {folder}", flush=True)
-    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement, device=args.device)
+    talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement, device=args.device,
+                  speed=args.fast)
     image = media.read_image(args.face, talker.size)
     if not talker.in_world(image):
         print(f"warning: {args.face}: unlike the faces these models know; the video may look strange", file=sys.stderr)

@@ -205,6 +205,8 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
     for p in players:
         if p.optim.ema:
             p.model.load_state_dict(p.model.state_dict() | p.average)
+        p.model.zero_grad(set_to_none=True)
+        p.optimisers, p.average = [], {}                                     # what comes next may need the room
     return history
 
 

@@ -70,7 +70,7 @@ class Past:
     def extend(self, x: Tensor, n: int) -> Tensor:
         head = next(self.old) if self.old is not None else x[:, :, :1].expand(-1, -1, n, -1, -1)
         x = torch.cat([head, x], dim=2)                                       # (B, C, n + F, H, W)
-        self.new.append(x[:, :, -n:])
+        self.new.append(x[:, :, -n:].clone())                                 # a view would keep all of x
         return x
 
 

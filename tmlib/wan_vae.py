@@ -79,7 +79,7 @@ def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -
     return WanVAE(net, together).eval()
 
 
-def load_codec(folder, device="cpu") -> VideoVAE | WanVAE:
-    """The codec of a folder of models: the miniature's own, or the pretrained one that its vae.safetensors links to."""
+def load_codec(folder, device="cpu", dtype=torch.float32) -> VideoVAE | WanVAE:
+    """The codec of a folder of models: the miniature's own, always float32, or the pretrained one that its vae.safetensors links to."""
     how = linked(Path(folder) / "vae.safetensors")
-    return load_wan_vae(how["source"], device=device) if how else load_vae(folder).to(device)
+    return load_wan_vae(how["source"], dtype, device) if how else load_vae(folder).to(device)

@@ -35,7 +35,7 @@ ALLOWED = {
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit fast flow attention figures metrics placement plan sound stand_in stream", "capacity": "", "robustness": "avatar data speech evaluate metrics sampling latents", "recordings": "avatar media metrics speech", "recite": "dialogue recited recordings speech",
-    "figures": "", "measured": "", "drift": "avatar data metrics speech", "claims": "measured metrics", "report": "claims figures metrics runs", "runs": "claims", "readme": "claims figures report runs", "rivals": "media", "study": "media rivals",
+    "figures": "", "measured": "", "drift": "avatar data metrics speech", "scrutiny": "drift metrics", "claims": "measured metrics", "report": "claims figures metrics runs", "runs": "claims", "readme": "claims figures report runs", "rivals": "media", "study": "media rivals",
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
     "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
 }

@@ -183,8 +183,12 @@ class Latents:
         return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], self.store["text"][s["prompt"]], s["image"])
 
     def first(self, n: int) -> "Latents":
+        return self.rows(slice(n))
+
+    def rows(self, index) -> "Latents":
+        """These clips alone."""
         part = copy(self)
-        part.store = {k: v if k == "text" else v[:n] for k, v in self.store.items()}
+        part.store = {k: v if k == "text" else v[index] for k, v in self.store.items()}
         return part
 
     def told(self, condition: str) -> "Latents":

@@ -18,7 +18,7 @@ from .metrics import paired
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
              "adaptation": "30_adaptation", "teacher": "40_teacher", "student": "50_distillation", "other_teacher": "55_other_teacher",
-             "streaming": "60_streaming", "latency": "65_latency", "latency_matrix": "65_latency", "robustness": "67_robustness",
+             "streaming": "60_streaming", "close_look": "62_close_look", "latency": "65_latency", "latency_matrix": "65_latency", "robustness": "67_robustness",
              "dialogue": "68_conversation", "conversation": "68_conversation", "plain": "69_plain", "ablated": "70_ablations"}
 
 MANY = {"70_ablations": "ablations"}                  # notebooks that ran many times, and the folder of what they made
@@ -75,6 +75,8 @@ FULL = {"setting": "chunk x steps", "device": "device", "form": "form", "fps": "
         "ms_p50": "DiT chunk p50, ms", "tflops": "TFLOP/s", "mfu": "MFU", "first_frames_ms": "first frames, ms", "peak_gb": "GB", "error": "error",
         "date": "date", "commit": "commit", "torch": "torch"}
 DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sharpness", "drift_identity": "identity"}
+CLOSE = {"name": "", "closures": "p, b, m closed", "closures_by_chance": "by chance", "r_opening": "r of opening", "r_width": "width", "r_rounding": "rounding",
+         "eyes_recall": "blinks met", "eyes_precision": "moves that are blinks", "eyes_precision_by_chance": "by chance", "takes_apart": "two takes apart, grey levels"}
 CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdict": "verdict", "reason": "why not measured"}
 
 
@@ -86,7 +88,7 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": runs.repeated(compared(metrics), others, ABLATIONS), "drift": (drift if stream else [], DRIFT),
+    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": runs.repeated(compared(metrics), others, ABLATIONS), "drift": (drift if stream else [], DRIFT), "close_look": (closer(metrics.get("close_look", {})), CLOSE),
             "latency": (times, {"name": "", "value": "local run"}),
             "latency_matrix": ([row | paired("fps", row["fps_each"], np.ones(len(row["fps_each"]))) for row in metrics.get("latency_matrix", {}).get("rows", [])], MATRIX),
             "full_size": (metrics.get("full_size", {}).get("rows", []), FULL), "other_runs": runs.side_by_side(verdicts, others)}
@@ -101,6 +103,13 @@ def models(metrics: dict[str, dict]) -> list[dict]:
                "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
     of_valid = {"the ablations' teacher": metrics.get("plain")} | {n.removeprefix("ablations/").replace("_", " "): m for n, m in metrics.items() if n.startswith("ablations/")}
     return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}, valid", row) for name, row in of_valid.items())] if row and "lip_r" in row]
+
+
+def closer(numbers: dict) -> list[dict]:
+    """Whoever notebook 62 looked at, a row each."""
+    part = lambda who: {k.removeprefix(f"{who}_"): v for k, v in numbers.items() if k.startswith(f"{who}_")}
+    names = {"codec": "the codec's copies", "teacher": "teacher", "undistilled": "the teacher's weights in two steps", "student": "student"}
+    return [part(who) | {"name": name} for who, name in names.items() if part(who)]
 
 
 def yardsticks(readers: dict) -> list[dict]:

@@ -35,8 +35,9 @@ def test_closures_are_counted_where_lips_can_be_seen_to_meet(clips):
     assert scrutiny.closures(np.full((3, T), 0.6), clips, rows)["closures"] == 0
     assert scrutiny.closures(np.roll(clips.truth[..., 0], 2, 1), clips, rows)["closures"] == 1               # a frame late is in time
     assert scrutiny.closures(np.roll(clips.truth[..., 0], 4, 1), clips, rows)["closures"] == 0
-    shut = scrutiny.closures(np.zeros((3, T)), clips, rows)
-    assert shut["closures"] == shut["closures_by_chance"] == 1                                              # a mouth that never opens proves nothing
+    assert scrutiny.closures(np.zeros((3, T)), clips, rows)["closures"] == 0                                # a mouth that never opens closes nothing
+    fast = scrutiny.closures(np.tile([0.6, 0.0], (3, T // 2)), clips, rows)
+    assert fast["closures"] == fast["closures_by_chance"] == 1                                              # and one that always moves does so by chance
     half = clips.truth[..., 0].copy()
     half[2] = 0.6
     found = scrutiny.closures(half, clips, rows)

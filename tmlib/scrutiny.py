@@ -16,7 +16,7 @@ def closures(opening: np.ndarray, clips, rows: Iterable[int]) -> dict:
     """How many of the closures for p, b and m are there: {closures, _lo, _hi, closures_by_chance, closures_n}; opening (n, T) of clips[rows], as the lip reader sees it.
 
     A closure counts where the true mouth is shut in the middle of the sound, and open shortly before or after. It is there if the mouth is below OPEN within
-    a frame of it; by chance: at the same frame of all other clips' mouths. Intervals resample voices. Real clips have no phones: None, with the reason.
+    a frame of it, and above SPEAKS shortly before or after; by chance: if another clip's is, at the same frame. Intervals resample voices. Real clips have no phones: None, with the reason.
     """
     made, chance, voices = [], [], []
     for k, i in enumerate(rows):
@@ -25,9 +25,9 @@ def closures(opening: np.ndarray, clips, rows: Iterable[int]) -> dict:
             at = round((phone.start + phone.end) / 2 * fps)
             if not REACH <= at < len(truth) - REACH or truth[at - NEAR:at + NEAR + 1].min() > OPEN / 3 or truth[at - REACH:at + REACH + 1].max() < SPEAKS:
                 continue
-            shut = opening[:, at - NEAR:at + NEAR + 1].min(1) < OPEN                            # (n,)
-            made.append(shut[k])
-            chance.append(np.delete(shut, k).mean())
+            there = (opening[:, at - NEAR:at + NEAR + 1].min(1) < OPEN) & (opening[:, at - REACH:at + REACH + 1].max(1) > SPEAKS)      # (n,)
+            made.append(there[k])
+            chance.append(np.delete(there, k).mean())
             voices.append(clips.meta[i]["voice"])
     if not made:
         return {"closures": None, "closures_reason": "no p, b or m is known in these clips"}

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tmlib import claims, config, figures, media, report
+from tmlib import claims, config, figures, media, report, runs
 from tmlib.config import UserError
 
 RUN = dict(n=108, seed=0, scale="mini")
@@ -115,6 +115,10 @@ def test_ablations_stand_beside_their_like(root):
     assert [(row["name"], row["than"], round(row["quality_gain"], 3)) for row in rows] == [
         ("matching", "undistilled", 0.5), ("control", "undistilled", 0.4), ("matching", "longer", 0.05), ("rolled", "control", -0.1), ("next step", "rolled", 0.05), ("longer", "control", 0.05), ("mine", "control", 0.2)]
     assert list(headings) == ["name", "than", "quality_gain", "ssim_gain", "frechet_ratio"]
+    other = [row | {"quality_gain": 0.0} for row in rows[:2]]
+    for name, others in (("alone", {}), ("both", {"seed_1": {"ablations": other}})):
+        report.differences(*runs.repeated(rows, others, headings), root / f"{name}.png")
+    assert (root / "alone.png").read_bytes() != (root / "both.png").read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts

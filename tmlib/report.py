@@ -13,7 +13,7 @@ import numpy as np
 from . import config, runs
 from .claims import CLAIMS, SIGNS, compared, judge, load_metrics, verdict
 from .config import atomic
-from .figures import intervals, shown
+from .figures import figure, intervals, shown
 from .metrics import paired
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
@@ -140,8 +140,35 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     lips = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
     if len(lips) > 1:
         intervals([run for run in lips if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
+    if "ablations" in filled:
+        differences(*filled["ablations"], reports / "figures" / "ablations.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
+
+
+def differences(rows: list[dict], headings: dict[str, str], path) -> None:
+    """What each ablation gains over its like, a panel for each number of ABLATIONS: dots and intervals of this run, and in other colours those of others (`runs.repeated`).
+    What is far beyond all others stands at the edge, in figures."""
+    kinds = {key: heading for key, heading in ABLATIONS.items() if key not in ("name", "than")}
+    each = ["", *dict.fromkeys(key.removesuffix(kind) for key in headings for kind in kinds if key.endswith(f"_{kind}"))]
+    with figure(path, 1, len(kinds), size=(8.5, 0.34 * len(rows) + 1.1), sharey=True) as (fig, axes):
+        for ax, (kind, heading) in zip(axes, kinds.items()):
+            none = 1.0 if kind == "frechet_ratio" else 0.0
+            dots = [(y + 0.22 * n, n, *(row.get(run + kind + end) for end in ("", "_lo", "_hi"))) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
+            spans = [max(abs(x - none) for x in dot[2:] if x is not None) for dot in dots]
+            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=1.0)
+            ax.axvline(none, color="#999999", linewidth=1)
+            for y, n, value, lo, hi in dots:
+                if abs(value - none) > room:
+                    ax.text(none + np.sign(value - none) * room, y, f" {shown(value)} ", color=f"C{n}", ha="right" if value > none else "left", va="center", fontsize="small")
+                else:
+                    ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", markersize=4, color=f"C{n}")
+            ax.set(title=heading, xlim=(none - room, none + room))
+        axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']} / {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
+        for n, run in enumerate(each):
+            axes[0].plot([], [], "o", markersize=4, color=f"C{n}", label=run.strip("_").replace("_", " ") or "this run")
+        if len(each) > 1:
+            axes[0].legend(loc="best", fontsize="small")
 
 
 def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:

@@ -156,7 +156,7 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
             none = 1.0 if kind == "frechet_ratio" else 0.0
             dots = [(y + 0.22 * n, n, *(row.get(run + kind + end) for end in ("", "_lo", "_hi"))) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
             spans = [max(abs(x - none) for x in dot[2:] if x is not None) for dot in dots]
-            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=1.0)
+            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=0.0) or 1.0
             ax.axvline(none, color="#999999", linewidth=1)
             for y, n, value, lo, hi in dots:
                 if abs(value - none) > room:

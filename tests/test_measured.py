@@ -34,6 +34,9 @@ def test_the_claim_takes_the_best_whole_stream_in_bf16(tmp_path):
     assert (found["chunk3_steps2_fps"], found["chunk3_steps2_placement"], found["chunk3_steps2_form"]) == (24.0, "overlap", BF16)
     assert (found["chunk3_steps2_fps_fp8"], found["chunk3_steps2_placement_fp8"], found["chunk3_steps2_first_frames_ms"]) == (26.0, "serial", 900.0)
     assert found["chunk7_steps4_fps"] is None and "nothing at chunk 7, 4 steps in bf16" in found["chunk7_steps4_fps_reason"] and found["chunk7_steps4_fps_fp8"] == 15.0
+    write(tmp_path, [call(row(3, 2, BF16, 450.0, **PAIR, runtime_fps=22.0), row(3, 2, FP8, 300.0, serial_fps=26.0))])
+    whole = measured.full_size(tmp_path / "data" / "measured")
+    assert (whole["chunk3_steps2_fps"], whole["chunk3_steps2_placement"]) == (22.0, "runtime")                # the runtime's own rate, if it was timed
     assert found["chunk3_steps2_device"] == "Made-up GPU" and found["chunk3_steps2_commit"] == "c0ffee" and found["n"] == 5
 
 

@@ -37,7 +37,7 @@ ALLOWED = {
     "latency": "chain dit fast flow attention figures metrics placement plan sound stand_in stream", "capacity": "", "robustness": "avatar data speech evaluate metrics sampling latents", "recordings": "avatar media metrics speech", "recite": "dialogue recited recordings speech",
     "figures": "", "measured": "", "drift": "avatar data metrics speech", "scrutiny": "drift metrics", "claims": "measured metrics", "report": "claims figures metrics runs", "runs": "claims", "readme": "claims figures report runs", "rivals": "media", "study": "media rivals",
     "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
-    "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast plan stand_in",
+    "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast flow plan stand_in stream",
 }
 ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub recited speech", "ear": "sound", "conversation": "ear sound stream", "call": "media talk",
             "rehearsal": "avatar conversation dialogue metrics sound speech"}

@@ -1,7 +1,7 @@
 """Speed at full size on the machine at hand: `python -m tmlib.bench` -> data/measured/<device>.json.
 
 What is special
-- the real streaming path: `chain.Chain` with its caches, sound that changes with every chunk, Wan's decoder if diffusers is here;
+- the real streaming path: `chain.Chain` with its caches, sound that changes with every chunk, Wan's decoder if diffusers is here, and then the runtime itself, `stream.Streamer`;
 - weights are random (`stand_in`); every form of the model and of the decoder (`fast`) is first held against an eager float32 reference
   of the same weights, the model's over a whole window of a few layers: nothing wrong or zero is timed (`timing`);
 - FLOPs are those of `plan`; the machine's own rate of matrix products, measured, stands beside the model's;
@@ -129,11 +129,11 @@ class Session:
     def decoder(self, switches):
         """One form of the decoder, kept for the placements of models with switches on if it is the fastest so far; without switches for those without."""
         args, device, chunk, dtype, label = self.args, self.device, self.args.settings[0].chunk, DTYPES[self.args.dtype], named(switches)
-        shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 0}
+        shape = {} if device.type == "cuda" else {"base_dim": 8, "num_res_blocks": 1}
         if self.pictures is None:
             self.pictures = stand_in.two_chunks(stand_in.random_vae(device, dtype, **shape).float(), chunk, device)
         fast.autotune(False)                                            # not for the check's small pictures
-        vae = fast.decoder(stand_in.random_vae(device, dtype, **shape), switches, chunk, args.backend)
+        vae = fast.decoder(stand_in.random_vae(device, dtype, encoder=True, **shape), switches, chunk, args.backend)
         error = bounded_error(stand_in.two_chunks(vae, chunk, device), self.pictures, dtype, f"the decoder with {label}")
         fast.autotune("autotune" in switches)
         rows, columns = self.place
@@ -164,8 +164,11 @@ class Session:
             if vae is not None:
                 beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
                 self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
+            if vae is not None and setting == first and self.c.audio_dim:
+                played.chain = None                                                    # the runtime has caches of its own
+                self.attempt(f"{setting} {label} in the runtime", lambda: row.update(timing.runtime(dit, vae, setting, place, device, row["n"])), kind="runtime")
             row |= timing.first_chunk(played, device)
-            whole = max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
+            whole = row.get("runtime_fps") or max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
             print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"
                   f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)
         for setting in settings:

@@ -37,15 +37,15 @@ def random_dit(variant: str, device, dtype, seed=0, **overrides) -> WanDiT:
     return dit.eval().requires_grad_(False)
 
 
-def random_vae(device, dtype, seed=0, **shape):
-    """Wan's codec, a `wan_vae.WanVAE` without its encoder. Raises ImportError without diffusers. shape: of AutoencoderKLWan, by default Wan2.1's."""
+def random_vae(device, dtype, seed=0, encoder=False, **shape):
+    """Wan's codec, a `wan_vae.WanVAE`, without its encoder unless asked for. Raises ImportError without diffusers. shape: of AutoencoderKLWan, by default Wan2.1's."""
     from diffusers import AutoencoderKLWan
 
     from .wan_vae import WanVAE
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(seed)
         net = AutoencoderKLWan(**shape)
-    net.encoder = None
+    net.encoder = net.encoder if encoder else None
     return WanVAE(torch.nn.Module.to(net, dtype)).eval().requires_grad_(False)
 
 
@@ -83,6 +83,18 @@ class Scene:
 
     def conditions(self) -> dict:
         return {"text": self.text, "image": self.image, "audio": self.randn(*self.sound) if self.sound else None, "audio_mask": self.face}
+
+
+class Ears:
+    """In the place of a speech encoder: random tokens, others for every chunk."""
+
+    lookahead_samples = history_samples = 0
+
+    def __init__(self, scene: Scene):
+        self.scene = scene
+
+    def tokens(self, wave, first, n, start=0):
+        return self.scene.randn(*self.scene.sound)[0]                   # (n, tokens, D)
 
 
 class Stream:

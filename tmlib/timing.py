@@ -6,17 +6,21 @@ A decoder is a `wan_vae.WanVAE`, whose past the caller keeps: one decoder serves
 """
 
 import gc
+import itertools
 import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
+import numpy as np
 import torch
 
 from . import attention as att
-from . import fast, plan
+from . import fast, flow, plan
 from .chain import bare
-from .stand_in import Scene, Stream, alive, bounded_error, of_diffusers
+from .stand_in import SHIFT, Ears, Scene, Stream, alive, bounded_error, of_diffusers
+from .stream import Streamer
 
 LONGEST_S = 8                                             # of timing one form at one setting, warm-up aside
 SUSTAINED_S = 1.5                                         # of matrix products without a pause
@@ -193,6 +197,26 @@ def placements(vae, played, n, device) -> Iterator[dict[str, float]]:
     del video, past
     played.restart()
     yield {"first_frames_ms": measure(lambda: vae.decode(played.next()), 1, device)[0]}
+
+
+def runtime(dit, vae, setting, place, device, n: int) -> dict[str, float]:
+    """Frames per second of the runtime itself, a `stream.Streamer`, from pieces of sound to pictures in host memory; on a GPU its decoder works in a
+    thread and on a CUDA stream of its own. picture_to_frames_ms: from a picture, which is encoded, to the first frames."""
+    scene, rng = Scene(bare(dit).config, place, setting.chunk, device), np.random.default_rng(0)
+    streamer = Streamer(dit, vae, Ears(scene), "overlap" if device.type == "cuda" else "serial", chunk=setting.chunk, timesteps=flow.timesteps(setting.steps, SHIFT))
+    picture, sound = rng.integers(0, 256, (16 * place[0], 16 * place[1], 3), np.uint8), itertools.repeat(rng.normal(0, 0.1, 16_000).astype(np.float32))
+    began = time.perf_counter()
+    with closing(streamer.stream(picture, sound, text=scene.text, image_tokens=scene.image, audio_mask=scene.face[0, 0])) as chunks:
+        next(chunks)
+        first = time.perf_counter() - began
+        for _ in range(math.ceil(att.WINDOW / setting.chunk) + 3):      # kernels load, code is compiled, passes are recorded
+            next(chunks)
+        began = time.perf_counter()
+        for _ in range(n):
+            frames = next(chunks)
+        seconds = time.perf_counter() - began
+    alive(torch.from_numpy(frames).float(), "the runtime")
+    return {"runtime_fps": 4 * setting.chunk * n / seconds, "picture_to_frames_ms": 1000 * first}
 
 
 # The rivals

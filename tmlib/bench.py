@@ -164,10 +164,10 @@ class Session:
             if vae is not None:
                 beside = lambda: [row.update(found) for found in timing.placements(vae, played, row["n"], device)]
                 self.attempt(f"{setting} {label} and decoder", beside, kind=f"{setting} and decoder")
+            row |= timing.first_chunk(played, device)
             if vae is not None and setting == first and self.c.audio_dim:
                 played.chain = None                                                    # the runtime has caches of its own
                 self.attempt(f"{setting} {label} in the runtime", lambda: row.update(timing.runtime(dit, vae, setting, place, device, row["n"])), kind="runtime")
-            row |= timing.first_chunk(played, device)
             whole = row.get("runtime_fps") or max((row[k] for k in ("serial_fps", "overlap_fps") if k in row), default=None)
             print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"
                   f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)

@@ -316,11 +316,12 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
     told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
     shown = dict(text=told["speaking"], listening=told["listening"], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    streamer = lambda: talk.make_streamer(m, seed=seed, undo=1, in_parts=True)
     if m.dit.device.type == "cuda":              # the first call should not wait for kernels to load, or, with a speed, for minutes of compilation
         print("warming up", flush=True)
-        talk.warm(talk.make_streamer(m), picture, **shown)
+        talk.warm(streamer(), picture, **shown)
 
     def call() -> Conversation:
         mind.forget()
-        return Conversation(talk.make_streamer(m, seed=seed, undo=1, in_parts=True), mind, picture, **shown)
+        return Conversation(streamer(), mind, picture, **shown)
     return call

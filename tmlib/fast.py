@@ -251,7 +251,7 @@ class Graphed:
 
 def decoder(vae, switches, chunk: int, backend="inductor"):
     """A `wan_vae.WanVAE` with switches on. together: all latents of a chunk in one call; by_frames: 2D convolutions for 3D ones;
-    channels_last: the layout of tensor cores, and no way through float32; compile: norms fused with what follows. For "autotune" see `autotune`."""
+    channels_last: the layout of tensor cores, and no way through float32; compile: norms fused with what follows (not in a copy, and so not in another process). For "autotune" see `autotune`."""
     vae.together = chunk if "together" in switches else 1
     for m in vae.net.decoder.modules():
         if isinstance(m, nn.Conv3d) and {"by_frames", "channels_last"} & set(switches):
@@ -262,14 +262,14 @@ def decoder(vae, switches, chunk: int, backend="inductor"):
             m.weight.data = m.weight.data.to(memory_format=torch.channels_last if m.weight.ndim == 4 else torch.channels_last_3d)
     if "compile" in switches:
         fuse_norms(vae.net.decoder, backend)
-    vae.decode = partial(by_any_attention, vae)             # its one head is 384 wide: neither flash nor cuDNN takes it
+    vae.encode, vae.decode = (partial(by_any_attention, vae, name) for name in ("encode", "decode"))         # their one head is 384 wide: neither flash nor cuDNN takes it
     return vae
 
 
-def by_any_attention(vae, *given, **how):
-    """decode of the vae's class. A function with a name, so that the vae can be sent to another process."""
+def by_any_attention(vae, name, *given, **how):
+    """A method of the vae's class. A function with a name, so that the vae can be sent to another process."""
     with any_attention():
-        return type(vae).decode(vae, *given, **how)
+        return getattr(type(vae), name)(vae, *given, **how)
 
 
 class NormSiLU(nn.Module):

@@ -183,7 +183,7 @@ def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dic
         return [{"src": f"{folder}/{p.name}", "caption": named(p.stem)} for p in paths]
 
     nb = {p.stem: f"nb/{MANY.get(p.stem, p.name)}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}
-    known = lambda key: sorted({str(m[key]) for m in metrics.values() if key in m})
+    known = lambda key: sorted({str(m[key]) for name, m in metrics.items() if key in m and not name.startswith("ablations/")})          # `again` has another seed
     environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "beside": beside, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
     return environment.from_string(Path(__file__).with_name(template).read_text(encoding="utf-8")).render(

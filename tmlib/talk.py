@@ -91,7 +91,7 @@ def load_models(folder: Path, device: str = "cpu", speed: str | None = None) -> 
     """Everything that a stream needs on `device`, the DiT in float32 on a CPU, else in bfloat16. UserError names a file that is missing or unfit.
 
     speed, on a GPU: "bf16" or "fp8", DiT and Wan's decoder in the forms of `fast` that `python -m tmlib.bench` times. Code is compiled and passes are
-    recorded in a stream's first nine or so chunks, which so come late; once for all streams, but for a second of recording.
+    recorded in a stream's first nine or so chunks, which so come late; code is compiled once for all streams. A decoder in another process is not compiled.
     """
     import torch
 
@@ -132,7 +132,8 @@ def warm(streamer, image: np.ndarray, **conditions) -> None:
     """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
     silence = itertools.repeat(np.zeros(streamer.chunk * 4 * SAMPLES, np.float32))
     with closing(streamer.stream(image, silence, **conditions)) as frames:
-        for _ in range(math.ceil(streamer.window / streamer.chunk) + 3):
+        next(frames)
+        while streamer.take.index < math.ceil(streamer.window / streamer.chunk) + 3:
             next(frames)
 
 

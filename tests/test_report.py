@@ -116,6 +116,8 @@ def test_ablations_stand_beside_their_like(root):
         ("matching", "undistilled", 0.5), ("control", "undistilled", 0.4), ("matching", "longer", 0.05), ("rolled", "control", -0.1), ("next step", "rolled", 0.05), ("longer", "control", 0.05), ("mine", "control", 0.2)]
     assert list(headings) == ["name", "than", "quality_gain", "ssim_gain", "frechet_ratio"]
     other = [row | {"quality_gain": row["quality_gain_lo"]} for row in rows[:2]]
+    report.differences([], report.ABLATIONS, root / "none.png")                                     # what the scale smoke has
+    assert (root / "none.png").is_file()
     for name, others in (("alone", {}), ("both", {"seed_1": {"ablations": other}})):
         report.differences(*runs.repeated(rows, others, headings), root / f"{name}.png")
     assert (root / "alone.png").read_bytes() != (root / "both.png").read_bytes()
@@ -407,7 +409,7 @@ def test_the_same_metrics_give_the_same_bytes(root, tmp_path_factory):
     report.build(other)
     assert digest(root) == first == digest(other)
     made = {path.removeprefix("reports/") for path in first}
-    assert {"claims.json", "index.html", "README.md", "figures/lip_r_of_every_run.png"} <= made
+    assert {"claims.json", "index.html", "README.md", "figures/lip_r_of_every_run.png", "figures/ablations.png"} <= made
     assert {f"tables/{t}.{kind}" for t in ("claims", "quality", "drift", "latency", "latency_matrix") for kind in ("md", "csv", "tex")} <= made
 
 

@@ -140,15 +140,14 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     lips = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
     if len(lips) > 1:
         intervals([run for run in lips if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
-    if "ablations" in filled:
-        differences(*filled["ablations"], reports / "figures" / "ablations.png")
+    differences(*filled.get("ablations", ([], ABLATIONS)), reports / "figures" / "ablations.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
 
 
 def differences(rows: list[dict], headings: dict[str, str], path) -> None:
     """What each ablation gains over its like, a panel for each number of ABLATIONS: dots and intervals of this run, and in other colours those of others (`runs.repeated`).
-    What is far beyond all others stands at the edge, in figures."""
+    What is far beyond all others stands at the edge, in figures. A run with a single ablation has empty panels."""
     kinds = {key: heading for key, heading in ABLATIONS.items() if key not in ("name", "than")}
     each = ["", *dict.fromkeys(key.removesuffix(kind) for key in headings for kind in kinds if key.endswith(f"_{kind}"))]
     with figure(path, 1, len(kinds), size=(8.5, 0.34 * len(rows) + 1.1), sharey=True) as (fig, axes):
@@ -156,7 +155,7 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
             none = 1.0 if kind == "frechet_ratio" else 0.0
             dots = [(y + 0.22 * n, n, *(row.get(run + kind + end) for end in ("", "_lo", "_hi"))) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
             spans = [max(abs(x - none) for x in dot[2:] if x is not None) for dot in dots]
-            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=0.0) or 1.0
+            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=0.0) or 1.0 if spans else 1.0
             ax.axvline(none, color="#999999", linewidth=1)
             for y, n, value, lo, hi in dots:
                 if abs(value - none) > room:

@@ -94,7 +94,7 @@ def test_what_is_public_is_linked_and_what_is_unusable_is_told(run):
 
 def test_what_was_measured_is_a_number(run):
     metrics = {p.stem: read(run, p) for p in (run / "reports" / "metrics").glob("*.json")}
-    assert set(metrics) == {"data", "codec", "speech", "readers", "base", "adaptation", "teacher", "student", "streaming", "latency", "latency_matrix",
+    assert set(metrics) == {"data", "codec", "speech", "readers", "base", "adaptation", "teacher", "student", "streaming", "close_look", "latency", "latency_matrix",
                             "robustness", "other_teacher", "dialogue", "conversation", "plain"}
     assert {m["scale"] for m in metrics.values()} == {"trial"}
     for name in ("teacher", "student"):
@@ -104,6 +104,8 @@ def test_what_was_measured_is_a_number(run):
     assert all(-1 <= metrics["other_teacher"][f"{who}_lip_r"] <= 1 for who in ("teacher", "student"))
     assert metrics["streaming"]["chunks"] == 24 and metrics["latency"]["serial_fps"] > 0
     assert metrics["conversation"]["n"] == 2 and metrics["conversation"]["seconds"] > 5 and metrics["dialogue"]["right_unseen"] is None
+    look = metrics["close_look"]
+    assert look["n"] == 6 and look["student_closures"] is None and "is known" in look["student_closures_reason"] and -1 <= look["linear_ear_lip_r"] <= 1
     assert metrics["robustness"]["n"] == 3 and -1 <= metrics["robustness"]["lip_r_noise"] <= 1
 
 

@@ -34,6 +34,7 @@ encoded(args.out / "split.safetensors")
 # Stage 1: one player, in parts; a new audio path is initialised alike on all
 dit = WanDiT.from_pretrained(args.folder / "bare", audio_dim=6, audio_width=16, audio_hidden=24)
 p = SimpleNamespace(batch=4, at_once=1, repeats=2, shift=3.0, drop_audio=0.3, drop_text=0.1)
+before = evaluate.flow_loss(dit, latents.first(2), True)                   # as notebook 30: what an optimiser is then made of must still be pieces
 losses = train.flow_matching_loss(dit, latents, p)
 if args.die is not None:
     kill = lambda loss: lambda g, step: os._exit(9) if step == args.die and ranks.RANK else loss(g, step)
@@ -54,6 +55,6 @@ student.save_pretrained(args.out / "two")
 
 # Evaluation: an odd number of clips
 made = ranks.spread(torch.arange(3), lambda mine: sampling.student(student, latents.batch(mine), mine.tolist(), p))
-config.save_json(args.out / "numbers.json", {"history": history, "matching": matching, "made": made, "loss": evaluate.flow_loss(dit, latents.first(3), True)})
+config.save_json(args.out / "numbers.json", {"history": history, "matching": matching, "made": made, "before": before, "loss": evaluate.flow_loss(dit, latents.first(3), True)})
 train.finish(state)
 print(json.dumps({"rank": ranks.RANK}))

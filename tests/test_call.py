@@ -536,15 +536,16 @@ def test_mistakes_are_found_before_the_models_load(files, changed, words):
 
 
 def test_options_that_make_no_sense_are_told(files, capsys):
-    for option, value in (("--seed", "-1"), ("--stun", "stun:a.example:1"), ("--stun", "a.example:")):
+    for option, value in (("--stun", "stun:a.example:1"), ("--stun", "a.example:")):
         with pytest.raises(UserError, match=f"^{option} {value}: give "):
             call.main(command(files, option, value), lambda args: pytest.fail("the models were loaded"))
-    with pytest.raises(SystemExit) as stop:
-        call.main(command(files, "--seed", "x"))
-    assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
+    for option, value in (("--seed", "x"), ("--seed", "-1"), ("--seed", str(2**64)), ("--placement", "cloud")):
+        with pytest.raises(SystemExit) as stop:
+            call.main(command(files, option, value))
+        assert stop.value.code == 2 and option in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host, port", [("127.0.0.1", None), ("127.0.0.1", 70_000), ("192.0.2.77", 0)])
+@pytest.mark.parametrize("host, port", [("127.0.0.1", None), ("127.0.0.1", 70_000), ("192.0.2.77", 0), ("a..b", 0)])
 def test_an_address_that_cannot_be_had_is_told_before_the_models_load(files, host, port):
     with call.bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1] if port is None else port

@@ -36,6 +36,13 @@ def test_condition_channels():
     assert torch.equal(chain.chunk_condition(short, 5, 3), cond[:, :, 3:6])
 
 
+def test_guided_conditions_that_stay_keep_their_tensors():
+    cond, _, given = setting(frames=3)
+    guided = Chain(make_dit(), cond, TS, guidance=2.0)
+    once, again = guided.conditions(**given), guided.conditions(**given | {"audio": given["audio"] + 1})
+    assert [once[k] is again[k] for k in ("text", "image", "audio_mask", "audio")] == [True, True, True, False] and once["audio_mask"].shape[0] == 4
+
+
 # The chain
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -1,6 +1,7 @@
 """conversation: what was shown stays, what is to be said is said once, and a take-back gives what full knowledge would have."""
 import itertools
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -524,6 +525,8 @@ def test_the_demo_answers_and_remembers(tmp_path):
                 time.sleep(0.02)
             said.append([e.text for e in c.events if e.kind == "spoke"][-1])
         assert "interrupted" not in [e.kind for e in c.events]
+        caches = weakref.ref(c.streamer.take.chain)
+    assert caches() is None                                                    # gone with the call, not when Python next looks for circles
     assert frame.shape == (64, 64, 3) and said == ["Grass is green.", "Nice to meet you, Anna.", "Your name is Anna."]
 
 

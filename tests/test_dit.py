@@ -245,7 +245,18 @@ def test_autocast_streams():
         assert (stream(dit, x, t, given, 3) - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-# Audio
+@torch.no_grad()
+def test_under_autocast_blocks_hand_on_half_precision():
+    """With and without sound: what checkpointing keeps of each block is half as large."""
+    dit, seen = tiny(num_layers=3), []
+    x, t, given = inputs(dit, 9)
+    for block in dit.blocks:
+        block.register_forward_hook(lambda block, given, out: seen.append(out[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        dit(x, t, **given)
+        dit(x, t, **given | {"audio": None})
+    assert given["audio_mask"] is not None and seen == [torch.bfloat16] * 6
+
 
 @torch.no_grad()
 def test_autocast_leaves_the_time_alone():
@@ -256,6 +267,8 @@ def test_autocast_leaves_the_time_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(embedder.time(t, torch.float32)[0], plain) and not torch.equal(*plain)
 
+
+# Audio
 
 def test_without_audio_it_is_the_image_model():
     dit = tiny()

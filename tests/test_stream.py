@@ -63,6 +63,13 @@ def test_sound_is_waited_for_no_longer_than_needed():
     assert len(read) == -(-(21_000 + 700) // 500)
 
 
+def test_the_same_words_stay_the_same_tensor_on_the_device():
+    elsewhere = lambda: SimpleNamespace(to=lambda device: object())                     # on a GPU each move makes a new tensor
+    streamer, (speaking, listening) = Streamer(make_dit(), FakeVAE(), FakeEars()), (elsewhere(), elsewhere())
+    first, other = streamer.moved(speaking), streamer.moved(listening)
+    assert streamer.moved(speaking) is first is not other and streamer.moved(listening) is other and streamer.moved(None) is None
+
+
 def test_prompt_can_change_between_chunks():
     def toggled(switch):
         streamer = Streamer(make_dit(), FakeVAE(), FakeEars())

@@ -167,7 +167,7 @@ def test_mistakes_are_found_before_the_models_load(files, kind):
     assert sorted(os.listdir(files)) == before
 
 
-@pytest.mark.parametrize("option", [["--seed", "-1"], ["--steps", "0"], ["--scale", "1.5"], ["--cache", "none"], ["--speed", "2"]])
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", str(2**64)], ["--steps", "0"], ["--scale", "1.5"], ["--cache", "none"], ["--speed", "2"]])
 def test_wrong_options_end_with_2(files, option, capsys):
     with pytest.raises(SystemExit) as stop:
         talk.main(command(files, *option), lambda *_, **__: fake())

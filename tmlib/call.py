@@ -32,7 +32,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from . import config, media
 from .config import UserError
-from .talk import FPS, SPEEDS, default_models
+from .talk import FPS, PLACEMENTS, SPEEDS, default_models, whole
 
 RATE, PACKET, CLOCK = 48_000, 960, 90_000       # Opus: samples per second and per packet (20 ms); ticks per second of a video timestamp
 LAG = 0.04                                      # s: a packet that straddles two frames is complete 20 ms late, and loops are not punctual
@@ -271,7 +271,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((address[0], port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         what = os.strerror(error.errno) if getattr(error, "errno", None) in errno.errorcode else error     # its own text says the address again
         raise UserError(f"{host}, port {port}: cannot serve there ({what}); another program, perhaps another call, may hold the port: "
                         "give another one with --port, or another address of this machine with --host") from None
@@ -296,7 +296,7 @@ async def serve(app: web.Application, listening: socket.socket) -> None:
 def _load(args) -> Callable[[], "Conversation"]:
     """The models, loaded once -> what makes the conversation of one call."""
     from .conversation import open_call
-    return open_call(args.face, args.models, args.seed, args.style_prompt, args.partner, args.voice, args.fast)
+    return open_call(args.face, args.models, args.seed, args.style_prompt, args.partner, args.voice, args.fast, args.placement)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -310,8 +310,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--stun", action="append", default=[], metavar="HOST:PORT", help="who tells both sides their public address (default: nobody)")
     add("--partner", metavar="NAME", help="folder or hub id of a public audio language model, such as Qwen/Qwen2-Audio-7B-Instruct (default: the models' own)")
     add("--voice", metavar="NAME", help="who speaks, of data/voices.yaml")
+    add("--placement", choices=PLACEMENTS, default="serial", help="where picture and decoder run, see tmlib/placement.py; two_device: with two GPUs, the decoder on the other (default serial)")
     add("--fast", choices=SPEEDS, help="on a GPU: faster forms of the models, see `python -m tmlib.talk --help`; compiling them comes before the first call")
-    add("--seed", type=int, default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
+    add("--seed", type=whole(0, 2**63), default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
     return parser
 
@@ -323,8 +324,6 @@ def main(argv: list[str] | None = None, load: Callable[..., Callable[[], "Conver
     folder, fix = (Path(args.models), "check the name") if args.models else (default_models(), "run `make repro`, or give a folder with --models")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of models; {fix}")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give a whole number of at least 0")
     if wrong := [server for server in args.stun if not re.fullmatch(r"[\w.-]+(:\d{1,5})?", server)]:
         raise UserError(f"--stun {wrong[0]}: give the name of a STUN server and, after a colon, its port")
     args.models = folder

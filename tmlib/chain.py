@@ -120,7 +120,7 @@ class Chain:
         if self.guidance == 1:
             return given
         fresh = with_null_audio(given)
-        for name in ("text", "image"):
+        for name in ("text", "image", "audio_mask"):         # the same tensors from chunk to chunk: what is remembered of them is known by that
             if self.guided.get(name, (None,))[0] is not given[name]:
                 self.guided[name] = (given[name], fresh[name])
             fresh[name] = self.guided.get(name, (None, None))[1]

@@ -41,11 +41,11 @@ class Conditions:
     prompt: Callable[[str | None, str | None, int], Tensor]      # style, mode (speaking, listening), text_dim -> (tokens, text_dim)
 
 
-def load_conditions(folder) -> Conditions:
-    """Those of a folder of models: the miniature's own, or the pretrained ones that its readers.safetensors links to."""
+def load_conditions(folder, keep: bool = False) -> Conditions:
+    """Those of a folder of models: the miniature's own, or the pretrained ones that its readers.safetensors links to. keep: the encoder of pictures stays loaded, for many of them."""
     if not (how := linked(Path(folder) / "readers.safetensors")):
         return Conditions(load_readers(folder)[1].tokens, prompt)
-    source, cache, loaded = how["source"], config.SCRATCH / "conditions", {}
+    source, cache, loaded = how["source"], config.SCRATCH / "conditions", {} if keep else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def say(style: str | None, mode: str | None, dim: int) -> Tensor:

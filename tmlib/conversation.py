@@ -134,6 +134,7 @@ class Conversation:
         finally:
             self.threads = []
             self.streamer.close()
+            self.streamer.take = None            # it holds this call's sound, and so this call: caches would stay until Python looks for circles
 
     def __enter__(self) -> "Conversation":
         self.start()
@@ -295,20 +296,21 @@ class Conversation:
             self.failed = UserError(f"the conversation broke off: {type(error).__name__}: {error}")
 
 
-def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None, speed: str | None = None):
+def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None, speed: str | None = None, placement: str = "serial"):
     """Load everything once -> what makes the Conversation of one call with this face. UserError names what is missing.
 
-    partner: folder or hub id of a public audio language model; None: that of the models' folder. voice: a name of data/voices.yaml. speed: see `talk.load_models`.
+    partner: folder or hub id of a public audio language model, which goes to a second GPU where there is one; None: that of the models' folder. voice: a name of
+    data/voices.yaml. speed: see `talk.load_models`; placement: of the decoder, see `placement`.
     """
     import torch
 
-    from . import audio_llm, data, dialogue, media, speech, talk
+    from . import audio_llm, data, dialogue, media, speech, stream, talk
     voices = {v.name: v for some in speech.load_voices().values() for v in some}
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
         raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
     m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu", speed)
-    mind = audio_llm.load(partner, speaker) if partner else dialogue.load_partner(folder, m.encoder, speaker)
+    mind = audio_llm.load(partner, speaker, str(stream.another(m.dit.device))) if partner else dialogue.load_partner(folder, m.encoder, speaker)
     if isinstance(mind, dialogue.Partner):
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
               "Where does a whale live? (data/dialogue.yaml has all it knows; --partner: a public model)", flush=True)
@@ -316,10 +318,11 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
     told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
     shown = dict(text=told["speaking"], listening=told["listening"], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
-    streamer = lambda: talk.make_streamer(m, seed=seed, undo=1, in_parts=True)
+    streamer = lambda: talk.make_streamer(m, seed=seed, placement=placement, undo=1, in_parts=True)
     if m.dit.device.type == "cuda":              # the first call should not wait for kernels to load, or, with a speed, for minutes of compilation
         print("warming up", flush=True)
-        talk.warm(streamer(), picture, **shown)
+        with streamer() as first:
+            talk.warm(first, picture, **shown)
 
     def call() -> Conversation:
         mind.forget()

@@ -82,6 +82,8 @@ def probe(path: Path) -> tuple[int, float, float]:
             pictures, sounds = container.streams.video, container.streams.audio
             if not pictures or not sounds:
                 raise Unusable("no picture" if not pictures else "no sound")
+            if pictures[0].codec_context is None:
+                raise Unusable("its pictures are coded in a way that is not known here")
             clock = lambda value, base: float(value * base) if value is not None else 0.0
             seconds = clock(pictures[0].duration, pictures[0].time_base) or (container.duration or 0) / av.time_base
             if seconds > LONGEST_S:

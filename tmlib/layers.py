@@ -197,7 +197,7 @@ class CrossAttention(Attention):
         if audio:
             o = att.attention(self.split(q.flatten(0, 1)), *audio)                       # (B F, N, S, Dh): own frame only
             a = self.audio_out(o.transpose(1, 2).reshape(x.shape))
-            y = y + (a if ctx.audio_mask is None else a * ctx.audio_mask)
+            y = y + (a if ctx.audio_mask is None else a * ctx.audio_mask.to(a.dtype))   # under autocast the mask would turn all that follows to float32
         return y
 
     def sources(self, ctx, remember=lambda name, tokens, compute: compute(tokens)):

@@ -38,7 +38,7 @@ def shard(dit: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)       # a block's keys are a view, which nobody writes to
         for part in (*dit.blocks, dit):
-            fully_shard(part, mesh=mesh())
+            fully_shard(part, mesh=mesh(), reshard_after_forward=True)       # the root too: after an evaluation an optimiser would be given whole tensors, and train none
         dit.gradient_checkpointing = True
     return dit
 

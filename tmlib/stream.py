@@ -100,7 +100,8 @@ class Streamer:
             raise UserError(f"the speech encoder hears {group} latent frames at a time, and chunks of {self.chunk} are no whole groups: load it with `load_speech(folder, {self.chunk})`")
         self.history_s = history_s
         self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
-        self.told = self.text = self.listening = self.take = None
+        self.text = self.listening = self.take = None
+        self.prompts = deque(maxlen=4)           # the last ones, as given and on the DiT's device
         self.worker = worker
         self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
         self.vae_device = vae_device or another(dit.device)
@@ -113,8 +114,17 @@ class Streamer:
 
     def set_text(self, text):
         """Change the prompt embedding (1, tokens, text_dim) from the next chunk on: speaking, listening, another mood."""
-        if text is not self.told:                # the same words stay the same tensor: what is remembered of them is known by it
-            self.told, self.text = text, None if text is None else text.to(self.dit.device)
+        self.text = self.moved(text)
+
+    def moved(self, prompt):
+        """A prompt on the DiT's device. The same words stay the same tensor: what is remembered of them is known by it."""
+        if prompt is None:
+            return None
+        known = next((placed for given, placed in self.prompts if given is prompt), None)
+        if known is None:
+            known = prompt.to(self.dit.device)
+            self.prompts.append((prompt, known))
+        return known
 
     def set_image(self, image, image_tokens=None):
         """Change the picture, uint8 (H, W, 3) of the same size, at the next chunk's border: a new first chunk, the same sound."""
@@ -149,7 +159,7 @@ class Streamer:
     def chunks(self, image, audio_chunks, *, text=None, listening=None, image_tokens=None, audio_mask=None):
         """`stream` with all that is known of each chunk: see `placement.Chunk`."""
         self.set_text(text)
-        self.listening = None if listening is None else listening.to(self.dit.device)
+        self.listening = self.moved(listening)
         if audio_mask is not None:
             audio_mask = audio_mask.to(self.dit.device).expand(1, self.chunk, *audio_mask.shape[-2:])
         if self.take is not None:
@@ -282,6 +292,7 @@ class Streamer:
         take.image_tokens = None if tokens is None else tokens.to(self.dit.device)
         take.offset = self.sample(take, take.chain.index * self.chunk) if take.chain else 0
         getattr(self.dit, "forget", lambda: None)()          # recordings of the picture before, and with them its caches (`fast.Graphed`)
+        take.chain = None                                    # its own caches go before new ones come
         take.chain = Chain(self.dit, cond.to(self.dit.device), **self.chain)
 
     @staticmethod

@@ -25,6 +25,7 @@ FPS = 16
 SAMPLES = media.RATE // FPS                     # of sound per video frame
 SECONDS = (1.0, 600.0)                          # of speech
 SPEEDS = ("bf16", "fp8")
+PLACEMENTS = ("serial", "overlap", "two_device", "two_process")              # those of `placement`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def load_models(folder: Path, device: str = "cpu", speed: str | None = None) -> 
         raise UserError(f"device {device}: this machine has no such GPU, or torch was installed without CUDA; use cpu")
     if speed and device == "cpu":
         raise UserError(f"--fast {speed}: is for a GPU; leave it out on a CPU")
+    if speed == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(f"--fast fp8: {torch.cuda.get_device_name()} does not multiply in 8 bit; give --fast bf16")
     dit = WanDiT.from_pretrained(folder / "student", torch.float32 if device == "cpu" else torch.bfloat16, device).eval().requires_grad_(False)
     vae, how = load_codec(folder, device, torch.bfloat16 if speed else torch.float32), config.load_json(folder / "student" / "stream.json")
     made = Models(dit, vae, load_speech(folder).to(device), lips, face, load_conditions(folder), how)
@@ -161,22 +164,23 @@ def arguments() -> argparse.ArgumentParser:
     add("speech", help="a recording of 1 second to 10 minutes: wav, flac, mp3, ogg, m4a, or a video with sound")
     add("out", help="the video to write, .mp4")
     add("--models", metavar="FOLDER", help="trained models (default: data/models after `make repro`, else data/demo)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
+    add("--seed", type=whole(0, 2**63), default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
-    add("--steps", type=_whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
+    add("--steps", type=whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
     add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")
-    add("--placement", choices=("serial", "overlap", "two_device", "two_process"), default="serial",
+    add("--placement", choices=PLACEMENTS, default="serial",
         help="where picture and decoder run, see tmlib/placement.py; the frames are the same (default serial)")
     add("--device", choices=("cpu", "cuda"), help="where the DiT runs (default: a GPU if there is one)")
     add("--fast", choices=SPEEDS, help="on a GPU: compiled, replayed as CUDA graphs, Wan's decoder in bfloat16; fp8: large products in 8 bit too")
-    add("--scale", type=_whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
+    add("--scale", type=whole(1), metavar="N", help="whole-number enlargement (default: to about 384 pixels, 6 for 64)")
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def whole(least: int, below: int = 10**6) -> Callable[[str], int]:
+    """A type for an option: whole numbers from `least` on."""
     def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not text.isdecimal() or not least <= int(text) < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {below - 1}")
         return int(text)
     return whole_number
 

@@ -9,17 +9,18 @@ from . import config, runs
 from .claims import SIGNS, verdict
 from .config import UserError, cli, load_json
 from .figures import shown
-from .report import beside
+from .report import measured
 
-RUN = ("lip_r", "frechet", "ssim", "border_ratio", "stream_identity")         # of an ablation
+RUN = ("lip_r", "frechet", "ssim", "seam_ratio", "stream_identity")           # of an ablation
 
 
 def cells(row: dict) -> tuple[str, str, str]:
     """A claim of claims.json -> measured, bar, verdict."""
     if row["value"] is None:
         return "–", "", f"not measured: {row['reason']}"
-    interval = " ({} to {})".format(*(beside(end, row["bar"]) for end in row["ci95"])) if row["ci95"] else ""
-    return f"{row['why'].partition(';')[0]}: {beside(row['value'], row['bar'])}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
+    value, *ends = measured(row)
+    interval = " ({} to {})".format(*ends) if ends else ""
+    return f"{row['why'].partition(';')[0]}: {value}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
 
 
 def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
@@ -44,8 +45,8 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
 
 
 def numbers(run: dict) -> list[str]:
-    """An ablation's cells. Chunks of other sizes have other borders, at which real clips change by more or less, so the border ratio is one over theirs."""
-    return [shown(run[key] / run.get(f"{key}_real", 1) if key == "border_ratio" else run[key]) for key in RUN]
+    """An ablation's cells. Chunks of other sizes have other seams, at which real clips change by more or less, so the seam ratio is one over theirs."""
+    return [shown(run[key] / run.get(f"{key}_real", 1) if key == "seam_ratio" else run[key]) for key in RUN]
 
 
 def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:

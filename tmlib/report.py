@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from . import config, runs
-from .claims import CLAIMS, SIGNS, compared, judge, load_metrics, verdict
+from .claims import CLAIMS, SIGNS, compared, in_order, judge, load_metrics, verdict
 from .config import atomic
-from .figures import figure, intervals, shown
+from .figures import figure, shown
 from .metrics import paired
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
@@ -22,12 +22,13 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
              "dialogue": "68_conversation", "conversation": "68_conversation", "plain": "69_plain", "ablated": "70_ablations"}
 
 MANY = {"70_ablations": "ablations"}                  # notebooks that ran many times, and the folder of what they made
+VALID = ", valid"                                     # behind the names of what was scored on validation clips
 
 
 # --------------------------------------------------------------------------------------------------------- tables
 def _cell(row: dict, key: str) -> str:
-    lo, hi, say = row.get(f"{key}_lo"), row.get(f"{key}_hi"), lambda value: beside(value, row.get("limit"))
-    return say(row.get(key)) + (f" [{say(lo)}, {say(hi)}]" if lo is not None and hi is not None else "")
+    value, lo, hi = beside([row.get(f"{key}{end}") for end in ("", "_lo", "_hi")], row.get("limit"))
+    return value if row.get(f"{key}_lo") is None else f"{value} [{lo}, {hi}]"
 
 
 def write_table(folder, name: str, rows: list[dict], headings: dict[str, str]) -> list[list[str]]:
@@ -67,7 +68,7 @@ QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "li
            "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
            "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
-ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, over"}
+ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
           "frames_ms_p50": "frames sent, ms", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
@@ -76,7 +77,18 @@ FULL = {"setting": "chunk x steps", "device": "device", "form": "form", "fps": "
         "date": "date", "commit": "commit", "torch": "torch"}
 DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sharpness", "drift_identity": "identity"}
 CLOSE = {"name": "", "closures": "p, b, m closed", "closures_by_chance": "by chance", "r_opening": "r of opening", "r_width": "width", "r_rounding": "rounding",
-         "eyes_recall": "blinks met", "eyes_precision": "moves that are blinks", "eyes_precision_by_chance": "by chance", "takes_apart": "two takes apart, grey levels"}
+         "eyes_recall": "blinks met", "eyes_precision": "moves that are blinks", "eyes_precision_by_chance": "by chance", "takes_apart": "two takes apart, grey levels", "frechet": "Fréchet"}
+WORDS = {                                             # below a table, for its columns
+    "quality": "Lip r with the 95 % interval, and of each style apart. Natural voice: lip r of clips that a neural voice speaks. Shuffled: lip r against other clips' speech, which should be 0. Offset: by how many frames the lips must be "
+               "shifted to fit best. Width r: as lip r, of the mouth's width. Opening, listening: of the mouth, from 0 to 1, in clips in which nobody speaks. Motion: change of the picture from frame to frame, over real clips'. Eyes' moves: "
+               "blinks and quick glances; eyes' r: correlation of the eyes' change with the true clip's. PSNR, SSIM: likeness to the true clip, frame by frame. The last two are of streams of 45 seconds: lip r, and the "
+               "distance of the face's features from the picture's in the last 15. Rows that end in \"valid\" are of validation clips, whose voices are easier, and of a teacher without the picture's help: compare them with one another.",
+    "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. What `again` shows is chance, since it is `control` with other noise.",
+    "drift": "Three streams together, over up to ten chunks around this one: distance of the mean colour from the picture's, sharpness over the picture's, distance of the face's features from the picture's.",
+    "close_look": "Shares of the closures for p, b and m that are there; correlations of three numbers of the mouth with the true ones; of the true eyes' quick moves the share that is met, and of the made ones the share that meets a true one; "
+                  "mean difference of two takes of the same clip; Fréchet distance from real clips, and as yardsticks those of spoiled real clips.",
+    "latency_matrix": "serial: DiT and decoder take turns on one core. overlap: two threads that share it. two_device: two threads of one process on two cores. two_process: two processes on two cores. Stages that run side by side slow one another down, so only serial's add up.",
+}
 CLAIM = {"name": "", "claim": "claim", "value": "measured", "bar": "bar", "verdict": "verdict", "reason": "why not measured"}
 
 
@@ -101,14 +113,15 @@ def models(metrics: dict[str, dict]) -> list[dict]:
     part = lambda file, who: {k.removeprefix(f"{who}_"): v for k, v in metrics.get(file, {}).items() if k.startswith(f"{who}_")}
     of_test = {"teacher": metrics.get("teacher"), "student": metrics.get("student"), "the teacher's weights in two steps": part("student", "undistilled"),
                "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
-    of_valid = {"the ablations' teacher": metrics.get("plain")} | {n.removeprefix("ablations/").replace("_", " "): m for n, m in metrics.items() if n.startswith("ablations/")}
-    return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}, valid", row) for name, row in of_valid.items())] if row and "lip_r" in row]
+    of_valid = {"the ablations' teacher": metrics.get("plain")} | {run.replace("_", " "): metrics[f"ablations/{run}"] for run in in_order(n.removeprefix("ablations/") for n in metrics if n.startswith("ablations/"))}
+    return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}{VALID}", row) for name, row in of_valid.items())] if row and "lip_r" in row]
 
 
 def closer(numbers: dict) -> list[dict]:
     """Whoever notebook 62 looked at, a row each."""
     part = lambda who: {k.removeprefix(f"{who}_"): v for k, v in numbers.items() if k.startswith(f"{who}_")}
-    names = {"codec": "the codec's copies", "teacher": "teacher", "undistilled": "the teacher's weights in two steps", "student": "student"}
+    names = {"codec": "the codec's copies", "teacher": "teacher", "undistilled": "the teacher's weights in two steps", "student": "student",
+             "tinted": "real clips, with eight levels more of red", "blurred": "real clips, blurred over three pixels", "still": "their first pictures, still"}
     return [part(who) | {"name": name} for who, name in names.items() if part(who)]
 
 
@@ -120,10 +133,17 @@ def yardsticks(readers: dict) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------- page
-def beside(value, bar) -> str:
-    """A value as it stands beside its bar: with more digits where three would make them look alike."""
-    alike = isinstance(value, float) and bar is not None and value != bar and shown(value) == shown(float(bar))
-    return next(text for digits in range(4, 18) if float(text := f"{value:.{digits}g}") != bar) if alike else shown(value)
+def beside(values: list, bar) -> list[str]:
+    """A value and the ends of its interval as they stand beside their bar, all with as many digits: three, or more where one would look like the bar and is not."""
+    say = lambda value, digits: shown(value) if digits == 3 or not isinstance(value, float) else f"{value:#.{digits}g}"
+    alike = lambda value, digits: isinstance(value, float) and value != bar and say(value, digits) == say(float(bar), digits)
+    digits = next(n for n in range(3, 18) if bar is None or not any(alike(value, n) for value in values))
+    return [say(value, digits) for value in values]
+
+
+def measured(row: dict) -> list[str]:
+    """What a claim or a bar of claims.json measured: a value, and the ends of its interval if it has one."""
+    return beside([row["value"], *(row["ci95"] or ())], row["bar"])
 
 
 def build(root=None, captions: dict[str, str] | None = None) -> None:
@@ -137,37 +157,72 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     config.save_json(reports / "claims.json", verdicts)
     filled = tables(metrics, verdicts, runs.load(root / "data" / "runs", but=[m.get("scale") for m in metrics.values()]))
     grids = {name: write_table(reports / "tables", name, *table) for name, table in filled.items()}
-    lips = [[row.get(k) for k in ("name", "lip_r", "lip_r_lo", "lip_r_hi")] for row in filled.get("quality", ([],))[0]]
-    if len(lips) > 1:
-        intervals([run for run in lips if run[1] is not None], reports / "figures" / "lip_r_of_every_run.png")
+    if "quality" in filled:
+        every_run(filled["quality"][0], reports / "figures" / "lip_r_of_every_run.png")
     differences(*filled.get("ablations", ([], ABLATIONS)), reports / "figures" / "ablations.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
 
 
+def every_run(rows: list[dict], path) -> None:
+    """Lip r of every row of the table of quality that has it: of test clips, and of validation clips, whose voices are easier, in panels of their own."""
+    rows = [row for row in rows if row.get("lip_r") is not None]
+    apart = {"test clips": [row for row in rows if not row["name"].endswith(VALID)], "validation clips, whose voices are easier": [row for row in rows if row["name"].endswith(VALID)]}
+    apart = {title: some for title, some in apart.items() if some}
+    with figure(path, len(apart), 1, (6.5, 0.32 * len(rows) + 1.4), sharex=True, squeeze=False, height_ratios=[len(some) for some in apart.values()]) as (fig, axes):
+        for ax, (title, some) in zip(axes[:, 0], apart.items()):
+            for y, row in enumerate(some):
+                dot(ax, y, row, "lip_r", "C0")
+            ax.set(title=title, yticks=range(len(some)), yticklabels=[row["name"].removesuffix(VALID) for row in some], ylim=(len(some) - 0.5, -0.5))
+        axes[-1, 0].set_xlabel("lip r")
+
+
+def dot(ax, y: float, row: dict, key: str, colour: str) -> None:
+    """row[key] at height y, with its interval if it has one."""
+    value, lo, hi = (row.get(f"{key}{end}") for end in ("", "_lo", "_hi"))
+    ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", markersize=4, color=colour)
+
+
+BETTER = {"quality_gain": "right is better", "ssim_gain": "right is better", "frechet_ratio": "left is better"}
+
+
 def differences(rows: list[dict], headings: dict[str, str], path) -> None:
     """What each ablation gains over its like, a panel for each number of ABLATIONS: dots and intervals of this run, and in other colours those of others (`runs.repeated`).
-    What is far beyond all others stands at the edge, in figures. A run with a single ablation has empty panels."""
-    kinds = {key: heading for key, heading in ABLATIONS.items() if key not in ("name", "than")}
-    each = ["", *dict.fromkeys(key.removesuffix(kind) for key in headings for kind in kinds if key.endswith(f"_{kind}"))]
-    with figure(path, 1, len(kinds), size=(8.5, 0.34 * len(rows) + 1.1), sharey=True) as (fig, axes):
-        for ax, (kind, heading) in zip(axes, kinds.items()):
-            none = 1.0 if kind == "frechet_ratio" else 0.0
-            dots = [(y + 0.22 * n, n, *(row.get(run + kind + end) for end in ("", "_lo", "_hi"))) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
-            spans = [max(abs(x - none) for x in dot[2:] if x is not None) for dot in dots]
-            room = 1.1 * max([span for span in spans if span <= 5 * np.median(spans)], default=0.0) or 1.0 if spans else 1.0
-            ax.axvline(none, color="#999999", linewidth=1)
-            for y, n, value, lo, hi in dots:
-                if abs(value - none) > room:
-                    ax.text(none + np.sign(value - none) * room, y, f" {shown(value)} ", color=f"C{n}", ha="right" if value > none else "left", va="center", fontsize="small")
-                else:
-                    ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", markersize=4, color=f"C{n}")
-            ax.set(title=heading, xlim=(none - room, none + room))
-        axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']} / {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    Grey is what chance alone did (`again`). A run with a single ablation has empty panels."""
+    each = ["", *dict.fromkeys(key.removesuffix(kind) for key in headings for kind in BETTER if key.endswith(f"_{kind}"))]
+    with figure(path, 1, len(BETTER), size=(8.5, 0.34 * len(rows) + 1.2), sharey=True) as (fig, axes):
+        for ax, (kind, better) in zip(axes, BETTER.items()):
+            found = [(y + 0.22 * n, n, row, run + kind) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
+            ends = [(row["name"], row[f"{key}{end}"]) for *_, row, key in found for end in ("", "_lo", "_hi") if row.get(f"{key}{end}") is not None]
+            if ends:
+                stretch(ax, [x for _, x in ends], kind == "frechet_ratio")
+            if chance := [x for name, x in ends if name == "again"]:
+                ax.axvspan(min(chance), max(chance), color="#dddddd", linewidth=0)
+            ax.axvline(kind == "frechet_ratio", color="#999999", linewidth=1)
+            for y, n, row, key in found:
+                dot(ax, y, row, key, f"C{n}")
+            ax.set(title=f"{ABLATIONS[kind]} ({better})")
+        axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']}, against {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
         for n, run in enumerate(each):
             axes[0].plot([], [], "o", markersize=4, color=f"C{n}", label=run.strip("_").replace("_", " ") or "this run")
         if len(each) > 1:
             axes[0].legend(loc="best", fontsize="small")
+
+
+def stretch(ax, values: list[float], ratio: bool) -> None:
+    """A logarithmic scale with room for all values, large and small: ratios around 1; differences around 0, near which it is linear."""
+    if ratio:
+        values, ticks = [x for x in values if x > 0], [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
+        ax.set_xscale("log")
+        limits = 0.9 * min(values), 1.1 * max(values)
+    else:
+        middle, most = 10.0 ** np.ceil(np.log10(np.median(np.abs(values)) + 1e-9)), 1.2 * max(np.abs(values)) + 1e-9
+        ax.set_xscale("symlog", linthresh=middle)
+        ticks, limits = [-10 * middle, -middle, 0, middle, 10 * middle], (-most, most)
+    ax.set_xticks(ticks)
+    ax.set_xlim(limits)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.minorticks_off()
 
 
 def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:
@@ -184,10 +239,10 @@ def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dic
     nb = {p.stem: f"nb/{MANY.get(p.stem, p.name)}" for p in sorted((reports.parent / "notebooks").glob("*.ipynb"))}
     known = lambda key: sorted({str(m[key]) for name, m in metrics.items() if key in m and not name.startswith("ablations/")})          # `again` has another seed
     environment = Environment(autoescape=template.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "beside": beside, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
+    environment.filters |= {"shown": shown, "measured": measured, "verdict": verdict, "meter": _meter, "cell": lambda text: str(text).replace("|", "\\|")}
     return environment.from_string(Path(__file__).with_name(template).read_text(encoding="utf-8")).render(
         claims=verdicts, pending={n: c.pending for n, c in CLAIMS.items()}, signs=SIGNS, metrics=metrics, tables=grids,
-        videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".webp", ".png", ".svg"), notebooks=nb, scales=known("scale"),
+        videos=files("videos", ".mp4", ".webm"), figures=files("figures", ".webp", ".png", ".svg"), notebooks=nb, words=WORDS, scales=known("scale"),
         seeds=known("seed"), notebook_of={file: nb[name] for file, name in NOTEBOOKS.items() if name in nb})
 
 

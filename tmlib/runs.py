@@ -42,16 +42,11 @@ def meant(part: dict) -> tuple[str, str]:
     return part["metric"], part["comparison"]
 
 
-def found_in(claims: dict[str, dict], name: str, here: dict) -> dict | None:
-    """The bar of another run's claim that looks at what this run's bar `here` looks at."""
-    return next((p for p in claims.get(name, {}).get("parts", ()) if meant(p) == meant(here)), None)
-
-
 def side_by_side(judged: dict[str, dict], others: dict[str, dict]) -> tuple[list[dict], dict[str, str]]:
     """Every bar with what each run has for it, as rows and headings of `report.write_table`: value, interval, verdict. Where a run did not have that bar
     it stays empty; a bar that only this run has is left out."""
     def cells(claims: dict, name: str, here: dict, prefix: str) -> dict:
-        part = found_in(claims, name, here)
+        part = next((p for p in claims.get(name, {}).get("parts", ()) if meant(p) == meant(here)), None)
         ends = dict(zip((f"{prefix}_lo", f"{prefix}_hi"), part["ci95"])) if part and part["ci95"] else {}
         return {prefix: part and part["value"], f"{prefix}_verdict": part and verdict(part), **ends}
 

@@ -156,11 +156,13 @@ def test_videos_come_in_order_whatever_the_batch(tmp_path):
     torch.testing.assert_close(to_float(video)[:, 0, 0], latents.store["z"][:, 0, 0].clamp(-1, 1), atol=1 / 255, rtol=0)
 
 
-def test_features_are_of_every_fourth_frame(bench):
+def test_features_are_of_every_fourth_frame_another_in_each_clip(bench):
     features, frames = bench.features(bench.clips.frames), bench.clips.frames
-    assert features.shape == (8, 9, 12)
-    alone = Faces().features(to_float(frames[2][20:21])[:, 0][None])[0]
-    np.testing.assert_allclose(features[2, 5], alone.numpy(), atol=1e-6)
+    assert features.shape == (8, 8, 12) and bench.pictures().shape == (8, 12)
+    alone = lambda i, t: Faces().features(to_float(frames[i][t:t + 1])[:, 0][None])[0].numpy()
+    for i, t in ((0, 1), (2, 23), (3, 4), (3, 32), (5, 10)):
+        np.testing.assert_allclose(features[i, (t - 1) // 4], alone(i, t), atol=1e-6)
+    np.testing.assert_allclose(bench.pictures()[6], alone(6, 0), atol=1e-6)
 
 
 def test_flow_loss_by_hand(tmp_path):

@@ -175,11 +175,12 @@ def test_clips_may_be_heard_otherwise(tmp_path):
         latents.encode_split(clips, SimpleNamespace(encode=pooled, cost=COST), heard, face, P, tmp_path / name, hear)
         return Latents(tmp_path / name).store
 
-    noise = lambda waves, g: waves + torch.rand(len(waves), 1, generator=g)
+    which = []
+    noise = lambda waves, index, g: which.extend(index) or waves + torch.rand(len(waves), 1, generator=g)
     clean, noisy, again = store("a"), store("b", noise), store("c", noise)
     added = (noisy["audio"] - clean["audio"])[:, 0, 0, 0]
     assert torch.equal(noisy["audio"], again["audio"]) and (added > 0).all() and len(added.round(decimals=4).unique()) == FakeClips.n
-    assert all(torch.equal(clean[k], noisy[k]) for k in clean if k != "audio")
+    assert all(torch.equal(clean[k], noisy[k]) for k in clean if k != "audio") and which == 2 * list(range(FakeClips.n))
 
 
 def test_the_file_is_the_one_that_safetensors_writes(tmp_path):

@@ -101,7 +101,7 @@ def test_splits_share_no_sentence_voice_or_variant():
     runs = {s: {tuple(line.split()[k:k + 3]) for line in lines for k in range(len(line.split()) - 2)} for s, lines in plain.items()}
     assert not runs["test"] & (runs["train"] | runs["valid"]) and not runs["natural"] & (runs["train"] | runs["valid"] | runs["test"]), "three words in a row"
     names = [v.name for split in voices.values() for v in split]
-    assert len(set(names)) == len(names) and (len(voices["train"]), len(voices["valid"]), len(voices["test"])) == (36 + speakers.COUNT, 12, 8)
+    assert len(set(names)) == len(names) and (len(voices["train"]), len(voices["valid"]), len(voices["test"])) == (62 + speakers.COUNT, 12, 8)
     variants = {s: {v.language.partition("+")[2].lower() for v in voices[s]} for s in ("train", "valid", "test")}
     assert "" not in set.union(*variants.values()) and len(set.union(*variants.values())) == sum(map(len, variants.values()))
     assert {v.engine for v in voices["natural"]} == {"piper"} and {v.engine for s in variants for v in voices[s]} == {"espeak"}

@@ -30,6 +30,7 @@ MEMORY = 4                                       # exchanges that a sequence hol
 SPLITS = ("train", "valid", "test")
 LONGEST = 24                                     # words of an answer
 KINDS = {"fact": 0.45, "tell": 0.2, "ask": 0.2, "small_talk": 0.09, "again": 0.06}         # how often each, in a script
+PRACTICE = {"fact": 0.36, "tell": 0.2, "ask": 0.22, "small_talk": 0.06, "again": 0.16}      # and in training: what asks for memory is learnt last
 KNOWN, FIRST = 0.8, 0.4                          # of the questions for what was told: so many are for something that was; if nothing was, so often something is told instead
 
 
@@ -66,11 +67,11 @@ class Book:
     def _tells(row, split: str) -> list[tuple[str, Exchange]]:
         return [(x, Exchange(tell.format(x=x), row["reply"].format(x=x), "tell")) for x in row["values"] for tell in _ways(row["tell"], x, split)]
 
-    def script(self, rng, split: str, length: int) -> list[Exchange]:
+    def script(self, rng, split: str, length: int, kinds: dict[str, float] = KINDS) -> list[Exchange]:
         """`length` exchanges in a row that make sense together, to a partner who remembers MEMORY of them."""
         out, told = [], [(-MEMORY, None)] * len(self.remember)                # when, what
         while len(out) < length:
-            kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+            kind = rng.choice(list(kinds), p=list(kinds.values()))
             known = [k for k, (at, _) in enumerate(told) if len(out) - at < MEMORY]
             if kind == "ask" and not known and rng.random() < FIRST:
                 kind = "tell"
@@ -284,7 +285,7 @@ def turn(rng, wave: np.ndarray, lead=(0.1, 0.5), tail=(0.0, 0.4), noise=1e-3) ->
 
 def batch(book: Book, sounds: dict[str, list[Tensor]], lm: DialogueLM, n: int, broken: float, rng) -> list[list[tuple]]:
     """n training scripts of one to MEMORY exchanges, as `DialogueLM.loss` takes them; broken: the share of answers that the caller breaks off."""
-    scripts = [book.script(rng, "train", rng.integers(1, MEMORY + 1)) for _ in range(n)]
+    scripts = [book.script(rng, "train", rng.integers(1, MEMORY + 1), PRACTICE) for _ in range(n)]
     return [[(blurred(_one(rng, sounds[e.question]), rng), *broken_off(lm.encode(e.answer), broken, rng)) for e in script] for script in scripts]
 
 

@@ -43,9 +43,14 @@ class Bench:
         return np.concatenate([self.lips.read(to_float(v[None])).numpy() for v in video])
 
     def features(self, video: np.ndarray, every: int = 4) -> np.ndarray:
-        """Face features of every fourth frame: (n, T / 4, dim)."""
+        """Face features of every fourth frame behind the first, (n, T // 4, dim): in turn of each of the four that a codec draws from a latent."""
         with torch.no_grad():
-            return np.stack([self.face.features(to_float(v[::every]).movedim(1, 0)).numpy() for v in video])
+            return np.stack([self.face.features(to_float(v[1 + i % every::every]).movedim(1, 0)).numpy() for i, v in enumerate(video)])
+
+    def pictures(self) -> np.ndarray:
+        """Face features of the clips' first frames: (n, dim)."""
+        with torch.no_grad():
+            return np.stack([self.face.features(to_float(v[:1]).movedim(1, 0))[0].numpy() for v in self.clips.frames])
 
     def distances(self, made: np.ndarray, real: np.ndarray) -> dict:
         """Fréchet distance of face features (n, t, dim), and what it is without each of the faces in turn."""
@@ -106,7 +111,7 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     faces = [m["identity"] for m in clips.meta]
     alike = np.array([metrics.ssim(*both) for both in zip(video, clips.frames)])
     real, made = bench.features(clips.frames), bench.features(video)
-    moved = metrics.cosine_distance(made, real[:, :1]).mean(1)
+    moved = metrics.cosine_distance(made, bench.pictures()[:, None]).mean(1)
     eyes, true_eyes = (metrics.eye_change(frames, eye_box(clips.face), clips.face) for frames in (video, clips.frames))
     blinked = np.array([metrics.pearson(*both) for both in zip(eyes, true_eyes)])
     for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike),

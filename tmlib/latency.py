@@ -158,17 +158,20 @@ def link(dit, vae, encoder, picture, p, how: dict, serial: dict[str, float]) -> 
 
 
 def gantt(path, runs: dict[str, list[Chunk]], first: int, n: int = 5) -> None:
-    """When each device worked on which chunk: chunks first .. first + n of each run."""
+    """When each device worked on which chunk: chunks first .. first + n of each run, {title: chunks}. Grey: hearing, and between the devices the transfer."""
     with figures.figure(path, len(runs), size=(7, 0.4 + 1.1 * len(runs)), squeeze=False, sharex=True) as (fig, axes):
         for ax, (name, chunks) in zip(axes[:, 0], runs.items()):
             shown = chunks[first:first + n]
             zero = shown[0].marks["dit"][0]
             for c in shown:
-                for y, stage in enumerate(("dit", "vae")):
-                    began, ended = (1e3 * (t - zero) for t in c.marks[stage])
-                    ax.barh(y, ended - began, left=began, height=0.7, color=("#0072b2", "#56b4e9")[c.index % 2])
-                    ax.text((began + ended) / 2, y, c.index, ha="center", va="center", color="white", fontsize=7)
-            ax.set(title=name.replace("_", " "), yticks=(0, 1), yticklabels=("DiT", "VAE"), ylim=(1.6, -0.6))
+                colour = ("#0072b2", "#56b4e9")[c.index % 2]
+                for stage, y, height, colour in (("hear", 0, 0.7, "#bbbbbb"), ("latents", 0.5, 0.06, "#888888"), ("dit", 0, 0.7, colour), ("vae", 1, 0.7, colour)):
+                    if stage in c.marks:
+                        began, ended = (1e3 * (t - zero) for t in c.marks[stage])
+                        ax.barh(y, ended - began, left=began, height=height, color=colour)
+                        if stage in ("dit", "vae"):
+                            ax.text((began + ended) / 2, y, c.index, ha="center", va="center", color="white", fontsize=7)
+            ax.set(title=name, yticks=(0, 1), yticklabels=("DiT", "VAE"), ylim=(1.6, -0.6))
         axes[-1, 0].set(xlabel="milliseconds")
 
 

@@ -87,10 +87,16 @@ def eye_change(video: np.ndarray, eyes: np.ndarray, face: np.ndarray) -> np.ndar
     return np.stack(out)
 
 
-def eye_moves(change: np.ndarray, fps: int = 16, jump: float = 8.0) -> np.ndarray:
-    """Blinks and quick glances a second, (n,): how often `eye_change` begins to be above `jump`, a blink's opening being part of its closing.
+def quick_moves(change: np.ndarray, fps: int = 16, jump: float = 8.0) -> list[np.ndarray]:
+    """The frames in which blinks and quick glances begin, of each clip of `eye_change` (n, T - 1): it goes above `jump`, a blink's opening being part of its closing.
     Sway stays below that, blinks of the drawn faces do not."""
-    return np.array([(np.diff(np.flatnonzero(c > jump), prepend=-fps) > fps // 4).sum() for c in change]) * fps / (change.shape[1] + 1)
+    above = [np.flatnonzero(c > jump) for c in change]
+    return [at[np.diff(at, prepend=-fps) > fps // 4] for at in above]
+
+
+def eye_moves(change: np.ndarray, fps: int = 16) -> np.ndarray:
+    """Blinks and quick glances a second, (n,)."""
+    return np.array([len(at) for at in quick_moves(change, fps)]) * fps / (change.shape[1] + 1)
 
 
 def borders(frames: int, chunk: int) -> np.ndarray:

@@ -34,17 +34,13 @@ def closures(opening: np.ndarray, clips, rows: Iterable[int]) -> dict:
     return metrics.interval("closures", np.array(made, float), voices) | {"closures_by_chance": float(np.mean(chance)), "closures_n": len(made)}
 
 
-def blinks(change: np.ndarray, truth: np.ndarray, late: int = 3, jump: float = 8.0) -> dict[str, float]:
+def blinks(change: np.ndarray, truth: np.ndarray, late: int = 3) -> dict[str, float]:
     """Quick moves of the eyes in made clips and in true ones, both `metrics.eye_change` (n, T - 1): how many of the made ones come within `late` frames of a true one
     (precision), how many of the true ones are met (recall), and both by chance, against the next clips' eyes."""
-    def begins(c: np.ndarray) -> np.ndarray:
-        at = np.flatnonzero(c > jump)
-        return at[np.diff(at, prepend=-9) > 4]
-
     def met(some: list, others: list) -> float:
         each = [np.abs(others[i] - at).min() <= late if len(others[i]) else False for i, of_clip in enumerate(some) for at in of_clip]
         return float(np.mean(each)) if each else 0.0
-    made, true = [begins(c) for c in change], [begins(c) for c in truth]
+    made, true = metrics.quick_moves(change), metrics.quick_moves(truth)
     turned = [true[k:] + true[:k] for k in range(1, min(len(true), 17))]
     return {"eyes_precision": met(made, true), "eyes_recall": met(true, made), "eyes_precision_by_chance": float(np.mean([met(made, other) for other in turned])),
             "eyes_r_by_chance": float(np.mean([metrics.pearson(c, t) for k in range(1, len(turned) + 1) for c, t in zip(change, np.roll(truth, -k, 0))]))}

@@ -24,9 +24,6 @@ class Talk:
     truth: np.ndarray
     turns: list[tuple[float, bool]]
 
-    def speaking(self, second: float) -> bool:
-        return [speaks for begins, speaks in self.turns if begins <= second][-1]
-
 
 def talk(rng, words, frames: int, speak_s, listen_s) -> Talk:
     """Turns of speech and of listening in alternation, for so many frames; words: `data.word_list` of a split; their lengths are drawn between two seconds."""
@@ -68,14 +65,13 @@ class Watched:
 
 
 def watch(streamer, talk: Talk, clips, index: int, told, lips, face, keep=(), step: Callable = lambda: None) -> Watched:
-    """The first picture of clip `index` of `clips` says `talk`. told: prompts and image tokens (`conditions`); lips, face: `readers`; keep: chunks, from 1."""
+    """The first picture of clip `index` of `clips` says `talk`, told to listen in chunks of silence, as in a call. told: prompts and image tokens (`conditions`); lips, face: `readers`; keep: chunks, from 1."""
     picture, dim = clips.frames[index][0], streamer.dit.config.text_dim
-    text = {on: told.prompt(clips.meta[index]["style"], "speaking" if on else "listening", dim)[None] for on in (True, False)}
+    speaking, listening = (told.prompt(clips.meta[index]["style"], mode, dim)[None] for mode in ("speaking", "listening"))
     region = torch.from_numpy(data.box_map(clips.face[index][:1], picture.shape[0], picture.shape[0] // 16))
     waves = (talk.wave[i:i + 4000] for i in range(0, len(talk.wave), 4000))
     seen, last = Watched(), None
-    for k, out in enumerate(streamer.stream(picture, waves, text=text[True], image_tokens=told.tokens(first(picture)), audio_mask=region), 1):
-        streamer.set_text(text[talk.speaking((len(seen.opening) + len(out)) / FPS)])
+    for k, out in enumerate(streamer.stream(picture, waves, text=speaking, listening=listening, image_tokens=told.tokens(first(picture)), audio_mask=region), 1):
         video = data.to_float(out[None])
         seen.opening += lips.read(video)[0, :, 0].tolist()
         seen.colour.append(metrics.lab(out).mean(0))

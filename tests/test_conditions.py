@@ -269,12 +269,16 @@ def test_a_folder_of_models_tells_the_model_what_it_says(house, root, monkeypatc
     told = c.load_conditions(root)
     assert torch.equal(told.tokens(frames), face.tokens(frames)) and torch.equal(told.prompt("flat", "speaking", 8), prompt("flat", "speaking", 8))
     save_readers(lips, face, root, str(house))
-    told, loads, load = c.load_conditions(root), [], c.load_part
+    told, loads, load = c.load_conditions(root, keep=True), [], c.load_part
     monkeypatch.setattr(c, "load_part", lambda *how, **more: loads.append(how[0].__name__) or load(*how, **more))
     pictures = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     want = image_tokens(list(pictures), house, root / "elsewhere")
     loads.clear()
     assert torch.equal(torch.cat([told.tokens(frames[:1]), told.tokens(frames[1:])]), want) and loads == ["CLIPVisionModel"]     # once
+    serving = c.load_conditions(root)
+    for other in (-frames[:1], -frames[1:2], -frames[:1]):
+        serving.tokens(other)
+    assert loads == 3 * ["CLIPVisionModel"]                                               # for each new picture, and let go: a DiT needs the room
     assert torch.equal(told.prompt("anime", "speaking", 16), text_tokens(["anime style. " + c.SENTENCES["speaking"]], house, root / "elsewhere")[0])
     assert not torch.equal(told.prompt(None, "listening", 16), told.prompt(None, "speaking", 16))
     with pytest.raises(UserError, match="16 wide, the model takes 8; set latents.text_dim"):

@@ -30,6 +30,15 @@ def test_specs_are_determined_and_in_proportion():
     assert [len(specs("test", n, KINDS, 3, 0)) for n in (1, 5, 7)] == [1, 5, 7]
 
 
+def test_each_of_several_kinds_gets_its_share():
+    kinds = {"speaking": 0.86, "listening": 0.07, "ending": 0.07}
+    made = [data.kind_of(m, kinds) for m in range(200)]
+    assert [made.count(k) for k in kinds] == [172, 14, 14]
+    rest = [k for k in made if k != "speaking"]
+    assert all(a != b for a, b in zip(rest, rest[1:]))                       # in turn
+    assert [data.kind_of(m, {"generic": 1.0}) for m in range(3)] == ["generic"] * 3
+
+
 def test_what_is_held_out_is_held_out():
     made = {split: specs(split, 30, KINDS, 30, seed=0) for split in speech.SPLITS}
     pairs = list(combinations(speech.SPLITS, 2))
@@ -47,10 +56,10 @@ def test_what_is_held_out_is_held_out():
 
 @pytest.fixture(scope="module")
 def clips():
-    return {kind: make_clip(Spec(11, "test", kind, "flat", 5, **SMALL)) for kind in ("speaking", "listening", "generic")}
+    return {kind: make_clip(Spec(11, "test", kind, "flat", 5, **SMALL)) for kind in ("speaking", "listening", "ending", "generic")}
 
 
-@pytest.mark.parametrize("kind", ["speaking", "listening", "generic"])
+@pytest.mark.parametrize("kind", ["speaking", "listening", "ending", "generic"])
 def test_lengths_agree(clips, kind):
     clip = clips[kind]
     assert clip.frames.shape == (33, 32, 32, 3) and clip.frames.dtype == np.uint8
@@ -78,6 +87,17 @@ def test_listening_is_silent_and_closed(clips):
     np.testing.assert_allclose(clip.truth, np.tile(np.float32(avatar.NEUTRAL), (33, 1)), atol=1e-6)
     assert not clip.speaking.any() and clip.phones == [] and clip.voice == ""
     assert clip.frames.std(0).max() > 0                                  # it lives
+
+
+def test_an_ending_shuts_a_mouth_that_speaks():
+    made = [make_clip(Spec(seed, "train", "ending", "flat", 5, **SMALL)) for seed in range(12)]
+    after = int(data.ENDING_S[1] * 16) + 3                                   # lips need a moment more
+    assert max(clip.truth[0, 0] for clip in made) > 0.3
+    for clip in made:
+        assert clip.truth[after:, 0].max() < 0.02 and not clip.speaking[after:].any()
+        assert np.abs(clip.wave[int(data.ENDING_S[1] * 16_000):]).max() <= 6 * data.QUIET
+    sound = sum(np.abs(clip.wave[:4000]).max() > 0.05 for clip in made)
+    assert sound >= 6
 
 
 def test_generic_moves_its_mouth_to_no_speech(clips):

@@ -253,11 +253,18 @@ def test_a_link_leads_to_the_public_model(tmp_path, monkeypatch, encoder):
 
 
 def test_the_bank_holds_every_question_by_several_voices(encoder, book, monkeypatch):
-    monkeypatch.setattr(Book, "questions", lambda self, split: ["Hello!", "Who are you?", "Hello!"])
+    monkeypatch.setattr(Book, "questions", lambda self, split: ["Hello!", "What colour is snow?", "Hello!"])
     rng = np.random.default_rng(0)
-    made = dialogue.bank(book, "train", speech.load_voices()["train"], 3, encoder, rng)
-    assert {q: len(some) for q, some in made.items()} == {"Hello!": 3, "Who are you?": 3}
-    assert len({tuple(x.flatten()[:8].tolist()) for x in made["Hello!"]}) == 3
+    made = dialogue.bank(book, "train", speech.load_voices()["train"], 3, 5, encoder, rng)
+    assert {q: len(some) for q, some in made.items()} == {"Hello!": 5, "What colour is snow?": 3}                # small talk has its words for itself
+    assert len({tuple(x.flatten()[:8].tolist()) for x in made["Hello!"]}) == 5
+
+
+def test_a_question_stands_alone_or_shares_its_words_with_others(book):
+    alone = set(book.alone())
+    for split in ("train", "valid", "test"):
+        assert alone < set(book.questions(split))
+        assert not alone & {e.question for e in book.facts[split]} and not alone & {e.question for some in book.tells[split] for _, e in some}
 
 
 def test_a_reciter_speaks_in_the_bank_what_he_has_recited_and_without_an_opener(encoder, book, monkeypatch):
@@ -266,7 +273,7 @@ def test_a_reciter_speaks_in_the_bank_what_he_has_recited_and_without_an_opener(
     said = []
     monkeypatch.setattr(speech, "synthesise", lambda text, voice: said.append((text, voice.engine)) or speech.Utterance(np.zeros(8000, np.float32), (), text, voice.name))
     some = [v for v in speech.reciters() if v.language == "slt"][:3] + speech.load_voices()["train"][:1]
-    made = dialogue.bank(book, "train", some, 8, encoder, np.random.default_rng(0))
+    made = dialogue.bank(book, "train", some, 8, 8, encoder, np.random.default_rng(0))
     assert {q: len(heard) for q, heard in made.items()} == {known: 8, "Nobody recites this.": 8}
     by = {engine: [text for text, other in said if other == engine] for engine in ("recited", "espeak")}
     assert by["recited"] == [known] * 6 and sum(text.endswith("Nobody recites this.") for text in by["espeak"]) == 8

@@ -25,7 +25,7 @@ def fake(chunk=3, in_world=True, stop_after=None, log=None):
         for count, wave in enumerate(waves):
             if count == stop_after:
                 return
-            loud = np.abs(wave.reshape(-1, talk.SAMPLES)).max(1)
+            loud = np.abs(wave.reshape(-1, talk.FRAME)).max(1)
             if log is not None:
                 log.append((len(loud), image.shape))
             yield np.broadcast_to((loud * 255).astype(np.uint8)[:, None, None, None], (len(loud), SIZE, SIZE, 3))
@@ -34,7 +34,7 @@ def fake(chunk=3, in_world=True, stop_after=None, log=None):
 
 def beeps(frames, extra=0):
     """Sound whose loudness changes at every video frame; `extra` samples follow."""
-    loud = np.linspace(0.1, 0.8, frames).repeat(talk.SAMPLES)
+    loud = np.linspace(0.1, 0.8, frames).repeat(talk.FRAME)
     return np.append(loud * np.sign(np.sin(np.arange(len(loud)))), np.full(extra, 0.3)).astype(np.float32)
 
 
@@ -66,7 +66,7 @@ def test_pieces_hold_the_sound_of_their_frames_once(chunk, samples):
 def test_video_is_as_long_as_its_sound_and_in_step_with_it(tmp_path, extra):
     wave = beeps(20, extra)
     frames = talk.talk(fake(), np.zeros((SIZE, SIZE, 3), np.uint8), wave, tmp_path / "a.mp4", scale=4)
-    assert 0 <= frames - len(wave) / talk.SAMPLES < 1
+    assert 0 <= frames - len(wave) / talk.FRAME < 1
     with av.open(str(tmp_path / "a.mp4")) as video:
         shown = [f.to_ndarray(format="rgb24").mean() / 255 for f in video.decode(video.streams.video[0])]
     assert len(shown) == frames
@@ -193,7 +193,7 @@ from tmlib import config, talk
 signal.signal(signal.SIGINT, signal.default_int_handler)         # ignored, where the tests themselves run in the background
 def stream(image, waves):
     for wave in waves:
-        yield np.zeros((len(wave) // talk.SAMPLES, 16, 16, 3), np.uint8)
+        yield np.zeros((len(wave) // talk.FRAME, 16, 16, 3), np.uint8)
         print("chunk", flush=True)
         time.sleep(20)
 config.cli(lambda: talk.main(sys.argv[1:], lambda *_, **__: talk.Talker(stream, lambda image: True, 16, 3)))

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import UserError, atomic
+from .config import RATE, UserError, atomic
 
-RATE = 16_000                                    # samples per second, everywhere
 HOP = 320                                        # samples per feature: 50 Hz, as Wav2Vec2
 MEL_HOP, MEL_WINDOW = 160, 400                   # 10 ms and 25 ms
 FLOOR = 1e-5                                     # mel power that counts as silence

@@ -20,9 +20,8 @@ import soundfile
 import torch
 
 from . import speech
-from .config import UserError
+from .config import RATE, UserError
 from .hub import find_part, load_part, read_json
-from .speech import RATE
 
 SYSTEM = "You are in a spoken conversation. Answer briefly, in one to three short sentences of plain English, as one speaks, without lists or markup."
 FIX = "give an audio language model for conversations, such as Qwen/Qwen2-Audio-7B-Instruct"

@@ -31,8 +31,8 @@ from aiortc import MediaStreamTrack, RTCConfiguration, RTCIceServer, RTCPeerConn
 from aiortc.mediastreams import MediaStreamError
 
 from . import config, media
-from .config import UserError
-from .talk import FPS, PLACEMENTS, SPEEDS, default_models, whole
+from .config import FPS, UserError
+from .talk import PLACEMENTS, SPEEDS, default_models, whole
 
 RATE, PACKET, CLOCK = 48_000, 960, 90_000       # Opus: samples per second and per packet (20 ms); ticks per second of a video timestamp
 LAG = 0.04                                      # s: a packet that straddles two frames is complete 20 ms late, and loops are not punctual

@@ -24,6 +24,8 @@ MODELS = DATA / "models"
 SCRATCH = DATA / "scratch"          # resume state and failed runs: ignored by git and by DVC
 REPORTS = ROOT / "reports"
 METRICS = REPORTS / "metrics"
+RATE, FPS, STRIDE = 16_000, 16, 4      # samples of sound a second, frames of video a second, frames per latent frame: everywhere
+FRAME = RATE // FPS                 # samples per frame of video
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("TM_RANK", 0), ("TM_WORLD", 1)))    # of a stage's processes: see `ranks`
 
 

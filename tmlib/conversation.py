@@ -23,10 +23,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from .config import UserError
+from .config import FPS, FRAME, STRIDE, UserError
 from .ear import Ear
-from .sound import FPS, FRAME
-from .stream import STRIDE
 
 LINES = 100                                      # said before, that are remembered: a call may last for hours
 FADE = 480                                       # samples in which an interrupted voice fades: 30 ms

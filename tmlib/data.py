@@ -2,8 +2,8 @@
 
 What is special
 - Every clip is a pure function of its `Spec`; splits are disjoint in sentences, voices and identities by construction.
-- Three kinds: `speaking` (sentences with pauses), `listening` (silence: closed mouth, nods) and `generic` (random motion,
-  no speech: what the base model is pretrained on).
+- Four kinds: `speaking` (sentences with pauses), `listening` (silence: closed mouth, nods), `ending` (the last moment of speech, then
+  silence: a mouth that shuts) and `generic` (random motion, no speech: what the base model is pretrained on).
 """
 import json
 import math
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from . import avatar, recited, speech
-from .config import Progress, UserError, atomic
+from .config import RATE, Progress, UserError, atomic
 
 STYLES = ("flat", "line", "soft3d")
-RATE = 16_000
 ZOOM, LOOK_UP = 1.25, 0.65                       # framing: the share of the drawing shown, and how much of its top is cut
 CUT_S = 3.0                                      # a clip begins anywhere in this stretch of the talk
+ENDING_S = (0.15, 0.45)                          # of speech that is left, where a clip begins as it ends
 QUIET = 0.001                                    # room noise in silence: -60 dBFS
 OFFSETS = {"train": 0, "valid": 1_000_000, "test": 2_000_000, "natural": 3_000_000}        # of identities: none is in two splits
 
@@ -36,7 +36,7 @@ class Spec:
     """All that determines one clip."""
     seed: int                                    # motion, timing, choice of sentences
     split: str                                   # which sentences and voices: speech.SPLITS
-    kind: str                                    # speaking | listening | generic
+    kind: str                                    # speaking | listening | ending | generic
     style: str
     identity: int                                # seed of the looks; splits use disjoint ranges
     frames: int = 81
@@ -67,8 +67,9 @@ def specs(split: str, n: int, kinds: dict[str, float], identities: int, seed: in
 def kind_of(m: int, kinds: dict[str, float]) -> str:
     """Kind of a style's m-th clip: each share's clips spread evenly, the first kind fills the rest."""
     first, *others = kinds
-    due = lambda share: math.floor((m + 1) * share + 1e-9) > math.floor(m * share + 1e-9)
-    return next((kind for kind in others if due(kinds[kind])), first)
+    share = sum(kinds[kind] for kind in others)
+    before, after = (math.floor(i * share + 1e-9) for i in (m, m + 1))
+    return first if after == before else kind_of(before, {kind: kinds[kind] / share for kind in others})
 
 
 @lru_cache
@@ -107,10 +108,14 @@ def make_clip(spec: Spec, words: tuple[list, list] | None = None) -> Clip:
     """Speech, motion and picture of one clip; words: voices and sentences, those of its split if none are given."""
     rng = np.random.default_rng(spec.seed)
     seconds = spec.frames / spec.fps
+    wave, phones, voice = np.zeros(int(round(seconds * RATE)), np.float32), [], ""
     if spec.kind == "speaking":
         wave, phones, voice = talk(rng, words or word_list(spec.split), seconds)
-    else:
-        wave, phones, voice = np.zeros(int(round(seconds * RATE)), np.float32), [], ""
+    elif spec.kind == "ending":
+        left = rng.uniform(*ENDING_S)
+        said, phones, voice = talk(rng, words or word_list(spec.split), left)
+        wave[:len(said)] = said * np.minimum(np.arange(len(said), 0, -1) / (0.02 * RATE), 1)          # no click
+        phones = [speech.Phone(p.symbol, p.start, min(p.end, left)) for p in phones if p.start < left]
     wave += (QUIET * rng.uniform(0.1, 1.0) * rng.standard_normal(len(wave))).astype(np.float32)
     track = avatar.make_track(rng, phones, spec.frames, spec.fps)
     if spec.kind == "generic":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import recited, speech
-from .config import DATA, UserError, atomic
+from .config import DATA, Progress, UserError, atomic
 from .hub import linked
 
 PAD, ANSWER, END = "<pad>", "<answer>", "<end>"
@@ -99,10 +99,13 @@ class Book:
         row = self.remember[k]
         return Exchange(_one(rng, row["ask"]), row["unknown"] if x is None else row["answer"].format(x=x), "ask")
 
+    def alone(self) -> list[str]:
+        """Questions whose words are hardly heard in others: small talk, and those about what was said before."""
+        return [ask for row in self.remember for ask in row["ask"]] + self.again + [e.question for e in self.small_talk]
+
     def questions(self, split: str) -> list[str]:
         """All that a caller may say in this split's scripts."""
-        asked = [ask for row in self.remember for ask in row["ask"]] + self.again + [e.question for e in self.small_talk + self.facts[split]]
-        return asked + [e.question for some in self.tells[split] for _, e in some]
+        return self.alone() + [e.question for e in self.facts[split]] + [e.question for some in self.tells[split] for _, e in some]
 
     def words(self) -> list[str]:
         """All words of all answers, in alphabetical order."""
@@ -260,19 +263,21 @@ def load_partner(folder: Path, encoder, voice):
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-def bank(book: Book, split: str, voices: list, each: int, encoder, rng, step=lambda: None) -> dict[str, list[Tensor]]:
-    """What every question of a split sounds like to the language model, in `each` ways of speaking: {question: [(rows, heard)]}.
+def bank(book: Book, split: str, voices: list, each: int, alone: int, encoder, rng) -> dict[str, list[Tensor]]:
+    """What every question of a split sounds like to the language model, in `each` ways of speaking, `alone` for those of `Book.alone`: {question: [(rows, heard)]}.
 
     Voices in turn, at a rate of their own each time; half of the questions with an opener, or they would always stand at the same place; reciters speak without.
     """
-    out = defaultdict(list)
-    for question in dict.fromkeys(book.questions(split)):
+    out, rare = defaultdict(list), set(book.alone())
+    ways = {question: alone if question in rare else each for question in book.questions(split)}
+    progress = Progress(sum(ways.values()), "questions spoken")
+    for question, n in ways.items():
         able = [v for v in voices if recited.able(v, question)]
-        for k in rng.permutation(len(able))[np.arange(each) % len(able)]:
+        for k in rng.permutation(len(able))[np.arange(n) % len(able)]:
             voice = replace(able[k], rate=round(able[k].rate * rng.uniform(0.85, 1.2)))
             said = _one(rng, book.openers) + question if rng.random() < 0.5 else question
             out[question].append(heard(encoder, turn(rng, speech.synthesise(said if recited.able(voice, said) else question, voice).wave)))
-            step()
+            progress.step()
     return dict(out)
 
 

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from . import avatar, data, metrics
-from .data import RATE
+from .config import FPS, RATE
 from .speech import Phone
 
-FPS = 16
 OPEN, SPEAKS = 0.15, 0.3                         # a mouth is open above the one; above the other the truth is sure to be
 PATIENCE = 36                                    # frames that a change may take at most: three chunks
 

@@ -3,7 +3,7 @@ from collections import deque
 
 import numpy as np
 
-from .sound import RATE
+from .config import RATE
 
 WINDOW = 512                                     # samples that silero's detector judges at once: 32 ms
 BEGINS, ENDS = 0.5, 0.35                         # its probability of speech from which somebody speaks, and below which nobody does

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from . import faces, media
-from .config import UserError
-from .data import RATE, Clip
+from .config import RATE, UserError
+from .data import Clip
 
 LONGEST_S = 7200.0                               # a video: its sound is held in memory
 SMALL, LOOK = 640, 256                           # pixels: longer side in the first pass; least side in which lips are measured

@@ -69,7 +69,7 @@ class Batch:
 
 # -------------------------------------------------------------------------------------------------------- to disk
 TOGETHER = 8                                     # clips encoded at once: the last bits of latents depend on it
-MODES = {"speaking": "speaking", "listening": "listening", "generic": None}
+MODES = {"speaking": "speaking", "listening": "listening", "ending": "listening", "generic": None}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}          # safetensors' names
 
 

@@ -19,9 +19,8 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import UserError, atomic
+from .config import RATE, UserError, atomic
 
-RATE = 16_000                           # samples per second inside the workbook
 RATES = (8_000, 192_000)                # accepted at the door: below, speech has lost its consonants; above, a broken header
 FULL_SCALE = 0.999                      # a sample at or above this touched the limit of its recorder
 LOUDEST = 8.0                           # float files may overshoot 1.0, but not by 18 dB: then they hold integers

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .config import STRIDE, UserError
 from .sound import FRAME
 
 PLACEMENTS = ("serial", "overlap", "two_device", "two_process")
-STRIDE = 4                                       # frames per latent frame; a picture's first has one
 
 
 @dataclass

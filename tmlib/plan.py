@@ -17,12 +17,11 @@ import torch
 
 from . import attention as att
 from . import config, fast
-from .config import UserError
+from .config import STRIDE, UserError
 from .dit import VARIANTS, WanDiT
 from .layers import Block, Context
 
 TEXT, IMAGE = 512, 257                            # tokens of UMT5 and CLIP in Wan2.1
-STRIDE, FPS = 4, 16                               # video frames per latent frame, per second
 WIDTHS = {"fp32": 4, "bf16": 2, "fp8": 1}         # bytes per element
 RATE = 790e12 * 0.65                              # assumed: 65 % of what large bf16 products reach on an H200, whose data sheet says 990e12
 CARDS, CODEC = (80, 141), 4                       # GB of a card; assumed of the codec's decoder: weights, past, the pictures of a chunk

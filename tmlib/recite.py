@@ -15,8 +15,8 @@ import numpy as np
 import soundfile
 
 from . import config, dialogue, recordings, speech
-from .config import UserError, atomic
-from .recited import FOLDER, RATE, RECITERS
+from .config import RATE, UserError, atomic
+from .recited import FOLDER, RECITERS
 
 MORE = {"pau": "sil", "ax": "ə", "axr": "ɜː"}   # sounds of flite and festival that the CMU dictionary has not
 FLITE = {"awb": "awb", "kal": "kal16", "rms": "rms", "slt": "slt"}                              # its names of the reciters

@@ -13,12 +13,11 @@ from functools import lru_cache
 import soundfile
 
 from . import config
-from .config import UserError
+from .config import RATE, UserError
 
 FOLDER = "recited"                              # of data/
 RECITERS = ("awb", "kal", "ked", "pico_gb", "pico_us", "rms", "slt")
 SIZES = range(5, 96, 9)                         # the pitches, from 0 to 99, at which each of them speaks; 50 is the reciter's own
-RATE = 16_000
 
 
 def rows() -> list[dict]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from . import avatar, config, media, metrics, speech
-from .config import DATA, UserError
-from .speech import RATE, Phone
+from .config import DATA, RATE, UserError
+from .speech import Phone
 
 LIST = "recordings/recordings.yaml"
 ARPABET = {                                      # the CMU dictionary's sounds

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import avatar, metrics, speech
-from .config import Progress, UserError
+from .config import FPS, FRAME, RATE, Progress, UserError
 from .conversation import FADE, LINES
 from .dialogue import MEMORY, split_words
-from .sound import FPS, FRAME, RATE
 
 LOUD = 0.01                                      # samples above this are heard
 PATIENCE_S, BROKE_S, OVER_S = 4.0, 2.0, 0.5      # a caller waits no longer for an answer; an interruption has failed; it was none, if the answer has ended by itself so soon

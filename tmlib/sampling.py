@@ -13,20 +13,13 @@ from . import chain, flow, ranks
 from .latents import Batch
 
 
-def denoiser(dit, batch: Batch, guidance: float = 1.0, mask: str = "bidirectional", **kwargs) -> Callable[[Tensor, Tensor], Tensor]:
+def denoiser(dit, batch: Batch, guidance: float = 1.0, mask: str = "bidirectional") -> Callable[[Tensor, Tensor], Tensor]:
     """(x_t, t) -> velocity under the batch's conditions; guidance on the audio, standard form (1 = none).
 
     With guidance both branches run as one batch of 2 B: the condition, then the same with null (zero) audio.
     """
-    if guidance == 1.0:
-        return lambda x_t, t: dit(torch.cat([x_t, batch.cond], 1), t, mask=mask, **batch.conditions(), **kwargs)
-    twice = {k: torch.cat([v, v * 0 if k == "audio" else v]) for k, v in batch.conditions().items()}
-
-    def guided(x_t: Tensor, t: Tensor) -> Tensor:
-        x = torch.cat([x_t, batch.cond], 1).repeat(2, 1, 1, 1, 1)             # (2B, 36, F, h, w)
-        v, v_null = dit(x, t.repeat(2, *[1] * (t.dim() - 1)), mask=mask, **twice, **kwargs).chunk(2)
-        return flow.guided(v, v_null, guidance)
-    return guided
+    given = batch.conditions() if guidance == 1 else chain.with_null_audio(batch.conditions())
+    return lambda x_t, t: chain.predict(dit, x_t, batch.cond, t if guidance == 1 else torch.cat([t, t]), given, guidance, mask=mask)
 
 
 def clip_noise(seeds, shape: tuple[int, ...]) -> Tensor:

@@ -6,10 +6,8 @@ from collections import deque
 
 import numpy as np
 
-from .config import UserError
+from .config import FRAME, RATE, UserError
 
-RATE, FPS = 16_000, 16                           # samples per second, frames per second
-FRAME = RATE // FPS                              # samples per frame
 
 
 class Sound:

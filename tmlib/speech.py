@@ -14,9 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 from . import engines, recited, speakers
-from .config import DATA, UserError
+from .config import DATA, RATE, UserError
 
-RATE = 16_000                                  # of every waveform in this workbook, Hz
 SPLITS = ("train", "valid", "test", "natural")
 ENGINES = {"espeak": engines.espeak, "piper": engines.piper, "recited": recited.recited}
 RMS, PEAK = 0.1, 0.98                          # -20 dBFS while sound is on, and never clipped

@@ -20,9 +20,9 @@ import torch
 
 from . import flow
 from .chain import Chain, noise_maker
-from .config import UserError
-from .placement import PLACEMENTS, STRIDE, Chunk, ahead, by_latent, clearly, decoded, device_of, mark, ready, to_frames
-from .sound import FRAME, RATE, Sound
+from .config import FRAME, RATE, STRIDE, UserError
+from .placement import PLACEMENTS, Chunk, ahead, by_latent, clearly, decoded, device_of, mark, ready, to_frames
+from .sound import Sound
 from .vae import i2v_condition
 
 BUSY_S = 10                                      # longest that `resume` waits for a chunk still in the making

@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from . import config, media
-from .config import Progress, UserError
+from .config import FPS, FRAME, Progress, UserError
 
-FPS = 16
-SAMPLES = media.RATE // FPS                     # of sound per video frame
 SECONDS = (1.0, 600.0)                          # of speech
 SPEEDS = ("bf16", "fp8")
 PLACEMENTS = ("serial", "overlap", "two_device", "two_process")              # those of `placement`, which needs torch
@@ -33,7 +31,7 @@ class Talker:
     """All that talking needs of the models.
 
     stream: (image uint8 (size, size, 3), waves) -> generator of frames uint8 (t, size, size, 3), one item a chunk:
-    4 chunk - 3 frames first, then 4 chunk each. It takes one wave float32 (SAMPLES t,) per chunk, the sound of just these
+    4 chunk - 3 frames first, then 4 chunk each. It takes one wave float32 (FRAME t,) per chunk, the sound of just these
     frames, and may take some ahead. When `waves` ends, so do the frames. Closing the generator frees what it holds.
     """
     stream: Callable[[np.ndarray, Iterator[np.ndarray]], Iterator[np.ndarray]]
@@ -47,14 +45,14 @@ def talk(talker: Talker, image: np.ndarray, wave: np.ndarray, path, scale: int |
 
     scale: whole-number enlargement; None: to about 384 pixels. Raises UserError when the file cannot be written.
     """
-    total = -(-len(wave) // SAMPLES)            # the last frame may outlast the sound, never the other way round
+    total = -(-len(wave) // FRAME)            # the last frame may outlast the sound, never the other way round
     scale = scale or max(1, media.WATCHABLE // talker.size)
     progress, done = Progress(total, "talk"), 0
     with (media.VideoWriter(path, FPS, talker.size, scale=scale) as video,
           closing(talker.stream(image, waves(wave, talker.chunk))) as stream):
         for frames in stream:
             frames = frames[:total - done]
-            video.write(frames, wave[done * SAMPLES:(done + len(frames)) * SAMPLES])
+            video.write(frames, wave[done * FRAME:(done + len(frames)) * FRAME])
             done += len(frames)
             progress.step(len(frames))
         if done < total:
@@ -66,9 +64,9 @@ def waves(wave: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     """Wave (n,) -> one piece per chunk, the sound of just its frames; silence fills the last one."""
     at, frames = 0, 4 * chunk - 3               # latent frame 0 holds one video frame, every other four
     while at < len(wave):
-        piece = wave[at:at + frames * SAMPLES]
-        yield np.pad(piece, (0, frames * SAMPLES - len(piece)))
-        at, frames = at + frames * SAMPLES, 4 * chunk
+        piece = wave[at:at + frames * FRAME]
+        yield np.pad(piece, (0, frames * FRAME - len(piece)))
+        at, frames = at + frames * FRAME, 4 * chunk
 
 
 def default_models() -> Path:
@@ -133,7 +131,7 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
 
 def warm(streamer, image: np.ndarray, **conditions) -> None:
     """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
-    silence = itertools.repeat(np.zeros(streamer.chunk * 4 * SAMPLES, np.float32))
+    silence = itertools.repeat(np.zeros(streamer.chunk * 4 * FRAME, np.float32))
     with closing(streamer.stream(image, silence, **conditions)) as frames:
         next(frames)
         while streamer.take.index < math.ceil(streamer.window / streamer.chunk) + 3:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .audio import RATE, SpeechEncoder, cut, load_encoder
-from .config import UserError
+from .audio import SpeechEncoder, cut, load_encoder
+from .config import RATE, UserError
 from .hub import find_part, linked, load_part, read_json
 
 FLOOR = 1e-7                                     # under the variance, as in transformers' feature extractor

@@ -153,7 +153,7 @@ def versus(one: dict, other: dict) -> dict:
             | jackknife("frechet_ratio", one["frechet"] / other["frechet"], one["frechet_left_out"] / other["frechet_left_out"]))
 
 
-AGAINST = {"undistilled": None, "control": "undistilled", "again": "control", "longer": "control", "matching": "longer", "without_chunk_0": "control", "without_previous": "control", "rolled": "control",
+AGAINST = {"undistilled": None, "control": "undistilled", "again": "control", "longer": "control", "matching": "longer", "matching_alone": "matching", "without_chunk_0": "control", "without_previous": "control", "rolled": "control",
            "next_step": "rolled", "clean_pass": "rolled", "four_steps": "control", "four_longer": "longer", "chunk_7": "control"}      # an ablation's like, in the order of reading; of others: control
 
 

@@ -247,7 +247,7 @@ DRAWINGS = {
     "sheet": lambda path: figures.contact_sheet([np.full((9, 8, 8, 3), level, np.uint8) for level in (20, 220)], ["dark", "light"], path),
     "lips": lambda path: figures.lip_trace(np.eye(2, 30) + 0.2, np.eye(2, 28) + 0.1, ["one", "two"], path),
     "curves": lambda path: figures.curves([{"step": 1, "loss": 0.5}, {"step": 9, "loss": 0.3}], ["loss"], path),
-    "intervals": lambda path: figures.intervals([("a", 0.8, 0.7, 0.9), ("b", 0.6, None, None)], path, bar=0.75),
+    "intervals": lambda path: figures.intervals({"some": [{"name": "a", "r": 0.8, "r_lo": 0.7, "r_hi": 0.9}], "none": [], "others": [{"name": "b", "r": 0.6}]}, "r", path),
 }
 
 

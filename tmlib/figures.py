@@ -105,12 +105,19 @@ def curves(history: list[dict], keys: list[str], path) -> None:
             ax.set(title=key.replace("_", " "), xlabel="step", yscale="log")
 
 
-def intervals(rows: list[tuple], path, label: str = "lip r", bar: float | None = None) -> None:
-    """Rows (name, value, lo, hi), lo and hi may be None: a dot and its 95 % interval each, with the bar if there is one."""
-    with figure(path, size=(6.5, 0.32 * len(rows) + 0.9)) as (fig, ax):
-        for y, (_, value, lo, hi) in enumerate(rows):
-            ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", color="#0072b2")
-        if bar is not None:
-            ax.axvline(bar, color="#d55e00", linestyle="--", linewidth=1.2, label=f"bar {shown(bar)}")
-            ax.legend(loc="best")
-        ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel=label, ylim=(len(rows) - 0.5, -0.5))
+def intervals(panels: dict[str, list[dict]], key: str, path) -> None:
+    """row[key] of rows with a name, one below the other, and its 95 % interval: in a panel for each title that has rows."""
+    panels = {title: rows for title, rows in panels.items() if rows}
+    n = [len(rows) for rows in panels.values()]
+    with figure(path, len(n), 1, (6.5, 0.32 * sum(n) + 0.5 * len(n) + 0.4), sharex=True, squeeze=False, height_ratios=n) as (fig, axes):
+        for ax, (title, rows) in zip(axes[:, 0], panels.items()):
+            for y, row in enumerate(rows):
+                dot(ax, y, row, key)
+            ax.set(title=title, yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
+        axes[-1, 0].set_xlabel(key.replace("_", " "))
+
+
+def dot(ax, y: float, row: dict, key: str, colour: str = "C0") -> None:
+    """row[key] at height y, with its interval if it has one."""
+    value, lo, hi = (row.get(f"{key}{end}") for end in ("", "_lo", "_hi"))
+    ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", markersize=4, color=colour)

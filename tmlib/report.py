@@ -13,7 +13,7 @@ import numpy as np
 from . import config, runs
 from .claims import CLAIMS, SIGNS, compared, in_order, judge, load_metrics, verdict
 from .config import atomic
-from .figures import figure, shown
+from .figures import dot, figure, intervals, shown
 from .metrics import paired
 
 NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "readers": "22_readers", "base": "24_base",
@@ -125,6 +125,13 @@ def closer(numbers: dict) -> list[dict]:
     return [part(who) | {"name": name} for who, name in names.items() if part(who)]
 
 
+def by_voices(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the table of quality that have lip r: of test clips, and of validation clips."""
+    rows = [row for row in rows if row.get("lip_r") is not None]
+    valid = [row | {"name": row["name"].removesuffix(VALID)} for row in rows if row["name"].endswith(VALID)]
+    return {"test clips": [row for row in rows if not row["name"].endswith(VALID)], "validation clips, whose voices are easier": valid}
+
+
 def yardsticks(readers: dict) -> list[dict]:
     """What real clips would have in the table of quality, and what is left of it when the codec has copied them: no generator does better."""
     copies = {key.removeprefix("codec_"): value for key, value in readers.items() if key.startswith("codec_")}
@@ -158,29 +165,10 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     filled = tables(metrics, verdicts, runs.load(root / "data" / "runs", but=[m.get("scale") for m in metrics.values()]))
     grids = {name: write_table(reports / "tables", name, *table) for name, table in filled.items()}
     if "quality" in filled:
-        every_run(filled["quality"][0], reports / "figures" / "lip_r_of_every_run.png")
+        intervals(by_voices(filled["quality"][0]), "lip_r", reports / "figures" / "lip_r_of_every_run.png")
     differences(*filled.get("ablations", ([], ABLATIONS)), reports / "figures" / "ablations.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
-
-
-def every_run(rows: list[dict], path) -> None:
-    """Lip r of every row of the table of quality that has it: of test clips, and of validation clips, whose voices are easier, in panels of their own."""
-    rows = [row for row in rows if row.get("lip_r") is not None]
-    apart = {"test clips": [row for row in rows if not row["name"].endswith(VALID)], "validation clips, whose voices are easier": [row for row in rows if row["name"].endswith(VALID)]}
-    apart = {title: some for title, some in apart.items() if some}
-    with figure(path, len(apart), 1, (6.5, 0.32 * len(rows) + 1.4), sharex=True, squeeze=False, height_ratios=[len(some) for some in apart.values()]) as (fig, axes):
-        for ax, (title, some) in zip(axes[:, 0], apart.items()):
-            for y, row in enumerate(some):
-                dot(ax, y, row, "lip_r", "C0")
-            ax.set(title=title, yticks=range(len(some)), yticklabels=[row["name"].removesuffix(VALID) for row in some], ylim=(len(some) - 0.5, -0.5))
-        axes[-1, 0].set_xlabel("lip r")
-
-
-def dot(ax, y: float, row: dict, key: str, colour: str) -> None:
-    """row[key] at height y, with its interval if it has one."""
-    value, lo, hi = (row.get(f"{key}{end}") for end in ("", "_lo", "_hi"))
-    ax.errorbar(value, y, xerr=None if lo is None else [[value - lo], [hi - value]], fmt="o", markersize=4, color=colour)
 
 
 BETTER = {"quality_gain": "right is better", "ssim_gain": "right is better", "frechet_ratio": "left is better"}

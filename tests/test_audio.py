@@ -162,8 +162,8 @@ def test_files_that_do_not_fit_say_so_in_a_line(tmp_path):
 
     refused("missing")
     path.write_bytes(b"\0" * 100)
-    refused("not a speech encoder")
+    refused("no speech encoder")
     save_file({"x": torch.zeros(1)}, path, {"config": "{}"})
-    refused("not a speech encoder")
+    refused("no speech encoder")
     save_file({"x": torch.zeros(1)}, path, {"config": '{"unknown": 1}'})
-    refused("not a speech encoder")
+    refused("no speech encoder")

@@ -250,14 +250,14 @@ def test_files_that_do_not_fit_say_so_in_a_line(vae, tmp_path):
 
     refused("missing")
     path.write_bytes(b"not safetensors at all")
-    refused("not a codec")
+    refused("no codec")
     save_file({"x": torch.zeros(1)}, path)                               # no configuration
-    refused("not a codec")
+    refused("no codec")
     save_file({"x": torch.zeros(1)}, path, {"config": '{"z_dim": 16}'})  # other weights
-    refused("not a codec")
+    refused("no codec")
     save_vae(vae, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])                           # cut short
-    refused("not a codec")
+    refused("no codec")
 
 
 @pytest.mark.parametrize("wrong", [dict(encoder=(8, 16)), dict(decoder=(8, 8, 8, 8)), dict(patch=4), dict(patch=8, encoder=(8,), decoder=(8,))])

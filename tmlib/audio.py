@@ -9,8 +9,7 @@ What is special
 
 Window rule (video frames): latent 0 covers [0, 1), latent k covers [4k - 3, 4k + 1), widened by `context` frames each side.
 """
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import RATE, UserError, atomic
+from .config import RATE
+from .hub import load_own, save_own
 
 HOP = 320                                        # samples per feature: 50 Hz, as Wav2Vec2
 MEL_HOP, MEL_WINDOW = 160, 400                   # 10 ms and 25 ms
@@ -169,22 +169,10 @@ def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path) -> None:
-    """Writes `speech.safetensors` with its configuration inside."""
-    from safetensors.torch import save_file
-    with atomic(Path(folder) / "speech.safetensors") as tmp:
-        save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, tmp, {"config": json.dumps(asdict(encoder.cfg))})
+    """Writes `speech.safetensors`, see `hub.save_own`."""
+    save_own(Path(folder) / "speech.safetensors", encoder.state_dict(), encoder.cfg)
 
 
 def load_encoder(folder: Path) -> SpeechEncoder:
-    """Reads what `save_encoder` wrote; UserError names the file that is missing or does not fit."""
-    from safetensors import safe_open
-    path = Path(folder) / "speech.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
-    try:
-        with safe_open(path, "pt") as f:
-            encoder = SpeechEncoder(SpeechConfig(**json.loads(f.metadata()["config"])))
-            encoder.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-    except Exception as e:
-        raise UserError(f"{path} is not a speech encoder of this project ({type(e).__name__}): delete it and run `make repro`") from e
-    return encoder.eval().requires_grad_(False)
+    """Reads what `save_encoder` wrote, see `hub.load_own`."""
+    return load_own(Path(folder) / "speech.safetensors", lambda **cfg: SpeechEncoder(SpeechConfig(**cfg)), "speech encoder")

@@ -8,12 +8,11 @@ What is special
 - What it can talk about stands in data/dialogue.yaml. Of each fact one way of asking is held out for the test and one for validation, as their voices are.
 - `reply`, `hush`, `cut` and `forget` are what a `conversation` asks of a partner; `audio_llm.AudioLLM`, with public weights, has the same.
 """
-import json
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import recited, speech
-from .config import DATA, Progress, UserError, atomic
-from .hub import linked
+from .config import DATA, Progress, UserError
+from .hub import linked, load_own, save_own
 
 PAD, ANSWER, END = "<pad>", "<answer>", "<end>"
 MEMORY = 4                                       # exchanges that a sequence holds, the present one included: as in training
@@ -309,22 +308,10 @@ def blurred(heard: Tensor, rng, spans: int = 3, longest: int = 3, noise: float =
 
 
 def save(lm: DialogueLM, folder: Path) -> None:
-    """Writes `dialogue.safetensors` with its configuration inside."""
-    from safetensors.torch import save_file
-    with atomic(Path(folder) / "dialogue.safetensors") as tmp:
-        save_file({k: v.contiguous() for k, v in lm.state_dict().items()}, tmp, {"config": json.dumps(asdict(lm.cfg))})
+    """Writes `dialogue.safetensors`, see `hub.save_own`."""
+    save_own(Path(folder) / "dialogue.safetensors", lm.state_dict(), lm.cfg)
 
 
 def load(folder: Path) -> DialogueLM:
-    """Reads what `save` wrote; UserError names the file that is missing or does not fit."""
-    from safetensors import safe_open
-    path = Path(folder) / "dialogue.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `make repro ARGS=conversation`, or give a folder of trained models")
-    try:
-        with safe_open(path, "pt") as f:
-            lm = DialogueLM(DialogueConfig(**json.loads(f.metadata()["config"])))
-            lm.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-    except Exception as e:
-        raise UserError(f"{path} is no language model of this project ({type(e).__name__}): delete it and run `make repro`") from e
-    return lm.eval().requires_grad_(False)
+    """Reads what `save` wrote, see `hub.load_own`."""
+    return load_own(Path(folder) / "dialogue.safetensors", lambda **cfg: DialogueLM(DialogueConfig(**cfg)), "language model")

@@ -6,9 +6,12 @@ What is special
   its metadata where the part lies. So a folder of models knows by itself which encoders belong to it.
 - Files are looked at before a library sees them: what is missing, cut short or not safetensors is named. No pickle is ever read.
 - Libraries give weights that a file lacks random values and go on; here that is an error.
+- The miniature's own small parts, too, are a file each: weights, with the configuration inside.
 """
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -120,3 +123,24 @@ def linked(path) -> dict | None:
             return json.loads((file.metadata() or {}).get("pretrained", "null"))
     except Exception:                                # whoever reads its weights says what is wrong with it
         return None
+
+
+def save_own(path, weights: dict, cfg) -> None:
+    """One of the miniature's own networks as a file: its weights, and its configuration, a dataclass, inside."""
+    from safetensors.torch import save_file
+    with atomic(path) as temporary:
+        save_file({k: v.contiguous() for k, v in weights.items()}, temporary, {"config": json.dumps(asdict(cfg))})
+
+
+def load_own(path, make: Callable, what: str):
+    """make(**configuration) with the weights that `save_own` wrote, to be run. UserError: the file is missing, or is no `what`."""
+    from safetensors import safe_open
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
+    try:
+        with safe_open(path, "pt") as file:
+            net = make(**json.loads(file.metadata()["config"]))
+            net.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
+    except Exception as error:
+        raise UserError(f"{path} is no {what} of this project ({type(error).__name__}): delete it and run `make repro`") from error
+    return net.eval().requires_grad_(False)

@@ -4,8 +4,7 @@ Convolutions alone, over space and over time by turns (Ho et al. 2022, Video Dif
 What is known about a clip reaches every block as a scale and shift per latent frame. Called as `WanDiT` is, it takes the DiT's place
 in training, sampling and distillation; it only knows whole clips, so it cannot stream.
 """
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import flow, ranks
-from .config import UserError, atomic
+from .config import UserError
+from .hub import save_own
 from .layers import FeedForward, TwoLinear, sinusoid
 from .vae import ChannelNorm
 
@@ -108,7 +108,5 @@ class VideoUNet(nn.Module):
 
 
 def save_unet(unet: VideoUNet, path: Path) -> None:
-    """Writes one safetensors file with its configuration inside."""
-    from safetensors.torch import save_file
-    with atomic(Path(path)) as tmp:
-        save_file({k: ranks.whole(v).contiguous() for k, v in unet.state_dict().items()}, tmp, {"config": json.dumps(asdict(unet.cfg))})
+    """Writes one file, see `hub.save_own`."""
+    save_own(path, {k: ranks.whole(v) for k, v in unet.state_dict().items()}, unet.cfg)

@@ -15,8 +15,7 @@ What is special
 
 Shapes: video (B, 3, T, H, W) in [-1, 1], T = 4(F - 1) + 1; latents (B, 16, F, H/8, W/8).
 """
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import UserError, atomic
+from .config import UserError
+from .hub import load_own, save_own
 
 Cache = list[Tensor]
 TINY = 0.03                                      # errors below it count by their square, larger ones by their size (Huber 1964)
@@ -277,24 +277,10 @@ def i2v_condition(vae, image: Tensor, frames: int, fill: str) -> Tensor:
 
 
 def save_vae(vae: VideoVAE, folder: Path) -> None:
-    """Writes `vae.safetensors` with its configuration inside."""
-    from safetensors.torch import save_file
-    with atomic(Path(folder) / "vae.safetensors") as tmp:
-        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, tmp, {"config": json.dumps(asdict(vae.cfg))})
+    """Writes `vae.safetensors`, see `hub.save_own`."""
+    save_own(Path(folder) / "vae.safetensors", vae.state_dict(), vae.cfg)
 
 
 def load_vae(folder: Path) -> VideoVAE:
-    """Reads what `save_vae` wrote; UserError names the file that is missing or does not fit."""
-    from safetensors import safe_open
-    path = Path(folder) / "vae.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `make repro`, or give a folder of trained models")
-    try:
-        with safe_open(path, "pt") as f:
-            cfg = VAEConfig(**json.loads(f.metadata()["config"]))
-            weights = {k: f.get_tensor(k) for k in f.keys()}
-        vae = VideoVAE(cfg)
-        vae.load_state_dict(weights)
-    except Exception as e:
-        raise UserError(f"{path} is not a codec of this project ({type(e).__name__}): delete it and run `make repro`") from e
-    return vae.eval().requires_grad_(False)
+    """Reads what `save_vae` wrote, see `hub.load_own`."""
+    return load_own(Path(folder) / "vae.safetensors", lambda **cfg: VideoVAE(VAEConfig(**cfg)), "codec")

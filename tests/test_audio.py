@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tiny import stir
-from tmlib.audio import HOP, RATE, LogMel, SpeechConfig, SpeechEncoder, cut, degrade, load_encoder, save_encoder
+from tmlib.audio import HOP, RATE, LogMel, SpeechConfig, SpeechEncoder, cut, degrade, load_encoder, overheard, save_encoder
 from tmlib.config import UserError
 
 SMALL = dict(dim=8, hidden=12, layers=2, kernel=3, mels=16)
@@ -150,6 +150,17 @@ def test_save_and_load(tmp_path):
     loaded = load_encoder(tmp_path)
     assert loaded.cfg == encoder.cfg and torch.equal(loaded.tokens(noise(1), 0, 4), encoder.tokens(noise(1), 0, 4))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_who_listens_overhears_those_who_speak_and_nobody_else():
+    waves, speaks = torch.arange(200.0)[:, None].expand(200, 3), torch.arange(200) % 4 == 0
+    g = torch.Generator().manual_seed(0)
+    heard = overheard(waves, speaks, 0.5, g)
+    assert torch.equal(heard[speaks], waves[speaks])
+    changed = (heard != waves).any(1)
+    assert 0.4 < changed[~speaks].float().mean() < 0.6 and set(heard[changed, 0].tolist()) <= set(waves[speaks, 0].tolist())
+    assert len(set(heard[changed, 0].tolist())) > 20                        # different ones
+    assert torch.equal(overheard(waves, speaks, 0.0, g), waves) and torch.equal(overheard(waves, torch.zeros(200, dtype=bool), 1.0, g), waves)
 
 
 def test_files_that_do_not_fit_say_so_in_a_line(tmp_path):

@@ -28,7 +28,7 @@ ALLOWED = {
     "avatar": "speech identity portrait puppet",
     "layers": "attention", "dit": "attention flow hub layers ranks weights", "vae": "attention hub weights", "audio": "attention hub weights",
     "losses": "flow", "readers": "attention hub weights", "data": "recited speech avatar", "demo": "data scales", "latents": "data ranks vae", "muon": "ranks", "unet": "flow hub layers ranks vae",
-    "chain": "dit flow", "sound": "", "placement": "sound", "two_process": "placement",
+    "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit ranks",
     "train": "chain latents losses muon flow ranks sampling",
     "distill": "chain latents flow losses ranks sampling train", "evaluate": "data latents flow metrics ranks readers sampling",

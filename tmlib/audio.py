@@ -168,6 +168,14 @@ def degrade(wave: Tensor, g: torch.Generator) -> Tensor:
     return (wave + noise * rms(wave) / (rms(noise) + 1e-6) * 10 ** (-u(0, 30) / 20)) * 10 ** (u(-12, 6) / 20)
 
 
+def overheard(waves: Tensor, speaks: Tensor, share: float, g: torch.Generator) -> Tensor:
+    """Waves (n, samples) of whom some speak, bool (n,): this share of the others, by chance, hears one who does, if anybody does."""
+    if not speaks.any():
+        return waves
+    others = waves[speaks][torch.randint(int(speaks.sum()), (len(waves),), generator=g)]
+    return torch.where((torch.rand(len(waves), 1, generator=g) < share) & ~speaks[:, None], others, waves)
+
+
 def save_encoder(encoder: SpeechEncoder, folder: Path) -> None:
     """Writes `speech.safetensors`, see `hub.save_own`."""
     save_own(Path(folder) / "speech.safetensors", encoder.state_dict(), encoder.cfg)

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from . import config, talk
-from .config import Progress, UserError
+from .config import FRAME, Progress, UserError
 from .latency import scene
-from .sound import FRAME
 
 ONE, GOOD = 1.0, 3                               # seconds allowed; chunks taken before something breaks
 

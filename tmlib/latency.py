@@ -16,10 +16,9 @@ from torch import Tensor
 from . import attention, fast, figures, flow, metrics, plan
 from .stand_in import of_diffusers
 from .chain import Chain
-from .config import UserError
+from .config import FRAME, UserError
 from .dit import WanDiT
 from .placement import Chunk, ahead
-from .sound import FRAME
 from .stream import Streamer
 
 ONE, TWO = ("serial", "overlap"), ("two_device", "two_process")           # placements by how many devices they use

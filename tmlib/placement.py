@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import STRIDE, UserError
-from .sound import FRAME
+from .config import FRAME, STRIDE, UserError
 
 PLACEMENTS = ("serial", "overlap", "two_device", "two_process")
 

@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from . import config, metrics
-from .config import Progress, UserError
+from .config import FRAME, Progress, UserError
 from .latency import scene
 from .placement import PLACEMENTS
-from .sound import FRAME
 
 EACH, WARMUP = 100, 100                          # chunks compared at either end; chunks before the first of them
 TURNS = 300                                      # in which a chunk of the old stream and one of a new stream are timed

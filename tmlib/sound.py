@@ -9,7 +9,6 @@ import numpy as np
 from .config import FRAME, RATE, UserError
 
 
-
 class Sound:
     """The last seconds of an endless waveform, gathered from pieces of any size; constant memory."""
 

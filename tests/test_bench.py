@@ -100,7 +100,7 @@ def test_it_decodes_beside_the_model(written):
     assert first["vae_form"] == min(DECODERS, key=lambda form: first["vae"][form]["ms_p50"])
     for run in (first["runs"]["2x2 eager"], first["runs"]["2x1 qkv+attention+compile"], second["runs"]["2x1 qkv+attention+fp8"]):
         assert run["serial_fps"] == pytest.approx(8000 / run["serial_ms"], rel=1e-4) and run["first_frames_ms"] > 0 and run["serial_grown_bytes"] == 0
-    assert first["runs"]["2x2 eager"]["runtime_fps"] > 0 < first["runs"]["2x2 eager"]["picture_to_frames_ms"]
+    assert first["runs"]["2x2 eager"]["runtime_fps"] > 0 < first["runs"]["2x2 eager"]["picture_to_frames_ms"] and first["runs"]["2x2 eager"]["picture_to_frames_cold_ms"] > 0
     assert [name for name, run in first["runs"].items() if "runtime_fps" in run] == ["2x2 eager", "2x2 qkv+attention+compile"]          # the first setting's
 
 
@@ -151,7 +151,7 @@ def test_a_wrong_form_is_reported_and_the_others_measured(monkeypatch, tmp_path)
     def broken(kernel):
         raise RuntimeError("no such kernel\nand much more")
     monkeypatch.setattr(fast, "fuse_qkv", wrong)
-    monkeypatch.setattr(fast, "compile_blocks", lambda dit, backend: broken(backend))
+    monkeypatch.setattr(fast, "compile_blocks", lambda dit, persistent, backend: broken(backend))
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert bench.main([*QUICK, "--parts", "alone", "--compile", "--backend", "eager", "--out", str(tmp_path / "a.json")]) == 1
     (result,) = json.loads((tmp_path / "a.json").read_text()).values()
@@ -191,6 +191,19 @@ def test_what_fails_together_is_tried_with_less():
     session.try_all(("qkv", "compile", "graphs"), [])
     session.try_all(("compile",), [])
     assert tried == ["qkv+compile+graphs", "qkv+compile", "qkv+graphs", "compile"]
+
+
+def test_fp8_comes_first(monkeypatch):
+    """It is what the hardest goal needs. Where its product fails, its forms are not tried."""
+    args = bench.arguments().parse_args([*QUICK, "--dtype", "fp8", "--compile"])
+    assert bench.forms(args, torch.device("cuda"))["together"] == [bench.SWITCHES, bench.SWITCHES[:-1]] and ("compile", "persistent") in bench.forms(args, torch.device("cuda"))["alone"]
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    quick = ["--dtype", "fp8", "--parts", "together", "--settings", "2x1", "3x1"]
+    result = bench.bench(bench.arguments().parse_args([*QUICK, *quick]), CPU)
+    assert list(result["runs"]) == ["2x1 qkv+attention+fp8", "3x1 qkv+attention+fp8", "2x1 qkv+attention", "3x1 qkv+attention"]
+    monkeypatch.setattr(fast, "scaled_product", lambda *_: 1 / 0)
+    result = bench.bench(bench.arguments().parse_args([*QUICK, *quick]), CPU)
+    assert list(result["runs"]) == ["2x1 qkv+attention", "3x1 qkv+attention"] and "ZeroDivisionError" in result["missing"]["fp8 product"]
 
 
 def test_a_new_kind_is_charged_a_guess_and_one_that_was_left_out_teaches_nothing():

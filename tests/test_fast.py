@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.tiny import WAN_VAE, stir
-from tmlib import fast, flow, plan, stand_in
+from tmlib import attention as att
+from tmlib import fast, flow, kernels, plan, stand_in
 from tmlib.chain import CACHES, Chain
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
@@ -69,7 +70,7 @@ def test_compiled_blocks_give_the_same_stream(eager):
     torch._dynamo.reset()
     graphs = CompileCounter()
     assert error(stream(fast.compile_blocks(fast.fuse_qkv(make()), backend=graphs)), eager) < 1e-5
-    assert graphs.frame_count == 1                          # for contexts of two chunks, and for all layers
+    assert graphs.frame_count == 2                          # the block's and the cache's writes: for contexts of two chunks, and for all layers
 
 
 @pytest.mark.parametrize("cache", ["per_step", "next_step", "clean_pass"])
@@ -80,6 +81,41 @@ def test_a_compiled_step_gives_the_same_stream(cache):
     graphs = CompileCounter()
     assert error(stream(fast.compile_step(fast.fuse_qkv(make()), backend=graphs), cache=cache), stream(make(), cache=cache)) < 1e-5
     assert graphs.frame_count == (2 if cache == "clean_pass" else 1)
+
+
+@pytest.mark.parametrize("kernel, most", [("flash3", 1e-5), ("flash3_fp8", 0.05)])
+def test_a_kernel_of_its_own_serves_long_attention(eager, monkeypatch, kernel, most):
+    """FlashAttention-3's place in the model, held here by the same sums: self-attention alone, compiled as one operation, e4m3 within its rounding."""
+    from torch._dynamo.testing import CompileCounter
+    asked = []
+    monkeypatch.setattr(kernels, "find_spec", lambda name: asked.append(name) or name)
+    monkeypatch.setattr(att, "LONG", 30)                    # keys: 12 in chunk 0, 36 later; text and image have 5 and 3
+    try:
+        kernels.use_attention(kernel)
+        torch._dynamo.reset()
+        graphs = CompileCounter()
+        out = stream(fast.compile_blocks(make(), backend=graphs))
+    finally:
+        kernels.use_attention("auto")
+    assert asked == ["fa3_fwd"] and graphs.frame_count == 2 and att.long_attention is None
+    assert 0 < error(out, eager) < most or kernel == "flash3" and error(out, eager) < most
+    with pytest.raises(UserError, match="pip install fa3-fwd"):
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None) or kernels.use_attention(kernel)
+
+
+def test_threads_leave_the_chosen_kernel_as_it_was():
+    """The decoder attends with any kernel; two threads inside at a time, and the first to leave must not end it for the other."""
+    on = lambda: [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()]
+    kernels.use_attention("flash")
+    try:
+        with kernels.any_attention():
+            other = kernels.any_attention()
+            other.__enter__()
+        assert on() == [True, True]
+        other.__exit__(None, None, None)
+        assert on() == [True, False]
+    finally:
+        kernels.use_attention("auto")
 
 
 # FP8
@@ -257,12 +293,12 @@ def test_a_whole_chunk_could_be_one_cuda_graph(cache):
 
 
 def test_attention_kernels_are_chosen_by_name():
-    for name in (*fast.ATTENTIONS, "auto"):
-        fast.use_attention(name)
-        on = [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
-        assert on == [name in (k, "auto") for k in fast.ATTENTIONS]
+    for name in (*kernels.ATTENTIONS, "auto"):
+        kernels.use_attention(name)
+        on = [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in kernels.ATTENTIONS]
+        assert on == [name in (k, "auto") for k in kernels.ATTENTIONS]
     with pytest.raises(UserError, match="'best' is unknown"):
-        fast.use_attention("best")
+        kernels.use_attention("best")
 
 
 # The video decoder
@@ -306,7 +342,7 @@ def test_other_forms_of_the_decoder_give_the_same_pictures(switches, pictures):
 
 def test_the_decoder_attends_whatever_kernel_the_model_was_given():
     """Its head of 384 fits neither flash nor cuDNN, and the choice holds for the whole process."""
-    on = lambda: [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in fast.ATTENTIONS]
+    on = lambda: [getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in kernels.ATTENTIONS]
     class Codec:
         net, wrong = SimpleNamespace(decoder=torch.nn.Identity()), False
 
@@ -316,7 +352,7 @@ def test_the_decoder_attends_whatever_kernel_the_model_was_given():
         def encode(self, video):
             return on()
     vae = Codec()
-    fast.use_attention("flash")
+    kernels.use_attention("flash")
     try:
         assert fast.decoder(vae, (), 3).decode(None, past=1) == ([True] * 4, 1) and on() == [True, False, False, False]
         assert vae.encode(None) == [True] * 4 and on() == [True, False, False, False]
@@ -325,7 +361,7 @@ def test_the_decoder_attends_whatever_kernel_the_model_was_given():
             fast.decoder(vae, (), 3).decode(None)
         assert on() == [True, False, False, False]
     finally:
-        fast.use_attention("auto")
+        kernels.use_attention("auto")
 
 
 def test_convolutions_are_tuned_for_as_long_as_asked():

@@ -36,8 +36,8 @@ ALLOWED = {
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit fast flow attention figures metrics placement plan sound stand_in stream", "capacity": "", "robustness": "avatar data speech evaluate metrics sampling latents", "recordings": "avatar media metrics speech", "recite": "dialogue recited recordings speech",
     "figures": "", "measured": "", "drift": "avatar data metrics speech", "scrutiny": "drift metrics", "claims": "measured metrics", "report": "claims figures metrics runs", "runs": "claims", "readme": "claims figures report runs", "rivals": "media", "study": "media rivals",
-    "fast": "attention layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
-    "stand_in": "attention chain dit fast flow plan weights", "timing": "attention chain fast flow plan stand_in stream",
+    "kernels": "attention", "fast": "kernels layers", "plan": "attention dit fast layers", "budget": "attention plan scales",
+    "stand_in": "attention chain dit fast flow kernels plan weights", "timing": "attention chain fast flow kernels plan stand_in stream",
 }
 ALLOWED |= {"audio_llm": "hub speech", "dialogue": "hub recited speech", "ear": "sound", "conversation": "ear sound stream", "call": "media talk",
             "rehearsal": "avatar conversation dialogue metrics sound speech"}
@@ -46,7 +46,7 @@ ALLOWED["faults"] = "latency sound talk"
 ALLOWED["bench"] = ALLOWED["talk"] = " ".join(set(ALLOWED) - {"notebook", "report", "scales", "doctor"})
 
 # Third parties that a bare GPU machine need not have: torch, numpy, safetensors and einops must do for LIGHT.
-LIGHT = ["config", "attention", "flow", "layers", "ranks", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "fast", "plan",
+LIGHT = ["config", "attention", "flow", "layers", "ranks", "hub", "weights", "dit", "chain", "sound", "placement", "two_process", "stream", "kernels", "fast", "plan",
          "stand_in", "timing", "bench"]
 HEAVY = ["diffusers", "transformers", "torchaudio", "av", "soundfile", "matplotlib", "papermill", "dvc", "ruamel", "PIL", "piper", "onnx", "ai_edge_litert", "silero_vad", "aiohttp", "aiortc"]
 

@@ -116,8 +116,13 @@ def predicate(kind):
 
 # Attention
 
+long_attention, LONG = None, 1024            # a kernel for more keys than that, instead of torch's: see `kernels.use_attention`
+
+
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v for q (B, N, L, D) and k, v (B, N, L', D); mask: bool, True = may attend."""
+    if long_attention is not None and mask is None and k.shape[2] > LONG:
+        return long_attention(q, k, v)
     if torch.is_autocast_enabled("cpu"):                     # its gradient takes three times as long in bfloat16
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).type_as(q)

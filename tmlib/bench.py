@@ -23,15 +23,15 @@ from typing import NamedTuple
 import torch
 
 from . import attention as att
-from . import config, fast, plan, stand_in, timing
+from . import config, fast, kernels, plan, stand_in, timing
 from .config import UserError
 from .dit import VARIANTS
 from .stand_in import DTYPES, bounded_error, named
 
-SWITCHES = ("qkv", "attention", "compile", "graphs", "fp8")                           # of the model
+SWITCHES = ("qkv", "attention", "compile", "persistent", "graphs", "fp8")             # of the model
 DECODER = ("together", "by_frames", "channels_last", "autotune", "compile")
 PARTS = ("together", "eager", "alone")                    # of the measurements: --parts
-WITHOUT = ((), ("graphs",), ("attention",), ("compile",), ("compile", "graphs"))      # if all switches together fail: all but these, in turn
+WITHOUT = ((), ("persistent",), ("graphs",), ("attention",), ("compile", "persistent"), ("compile", "persistent", "graphs"))      # if all switches together fail: all but these, in turn
 SHORT_S = 30                                              # what an attempt of a new kind is thought to take
 OVER = "no time left in the budget"
 ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
@@ -59,11 +59,12 @@ class Setting(NamedTuple):
 # All of them
 
 def forms(args, device) -> dict[str, list[tuple[str, ...]]]:
-    """The switches of each part: all that this machine has, without fp8 and with it; none; each alone."""
-    able = {"qkv": True, "attention": True, "compile": args.compile, "graphs": device.type == "cuda", "fp8": args.dtype == "fp8"}
+    """The switches of each part: all that this machine has, with fp8 and without it; none; each alone."""
+    able = {"qkv": True, "attention": True, "compile": args.compile, "persistent": args.compile and device.type == "cuda" and args.backend == "inductor",
+            "graphs": device.type == "cuda", "fp8": args.dtype == "fp8"}
     on = tuple(s for s in SWITCHES if able[s])
     without = tuple(s for s in on if s != "fp8")
-    return {"together": list(dict.fromkeys([without, on])), "eager": [()], "alone": [(s,) for s in on]}
+    return {"together": list(dict.fromkeys([on, without])), "eager": [()], "alone": [("compile", s) if s == "persistent" else (s,) for s in on]}
 
 
 def decoders(args) -> dict[str, list[tuple[str, ...]]]:
@@ -82,7 +83,8 @@ class Session:
         self.began, self.longest = time.monotonic(), {}
         model = plan.build(args.variant, chunk=args.settings[0].chunk, **({"num_layers": args.layers} if args.layers else {}))
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
-        self.vae = self.plain_vae = self.kernel = self.latents = self.pictures = None
+        self.vae = self.plain_vae = self.latents = self.pictures = None
+        self.kernels = {}                                               # the fastest for attention, of bfloat16's and of fp8's forms
         self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
         tokens, count, width = math.prod(self.place), plan.parameters(model), DTYPES[args.dtype].itemsize
         least = lambda s: s.steps * plan.step_bytes(self.c, count, s.chunk, tokens, width) / 1e9
@@ -115,11 +117,14 @@ class Session:
         self.save(self.result)
         if args.dtype == "fp8":
             self.attempt("fp8 product", lambda: most.update(timing.fp8_ceiling(most["matmul_n"], dtype, device, args.repeats)))
+            args.dtype = "bf16" if "fp8 product" in self.result["missing"] else "fp8"                # its forms would all fail
         ms = self.result["attention_ms"] = timing.attention_kernels(self.c, first.chunk, math.prod(self.place), dtype, device, args.repeats)
         quick = {k: v for k, v in ms.items() if not isinstance(v, str)}
-        self.kernel = self.result["attention_kernel"] = min(quick, key=quick.get, default="auto")
+        exact = {k: v for k, v in quick.items() if not k.endswith("fp8")}
+        self.kernels = {"": min(exact, key=exact.get, default="auto"), "fp8": min(quick, key=quick.get, default="auto")}
+        self.result |= {"attention_kernel": self.kernels[""]} | ({"attention_kernel_fp8": self.kernels["fp8"]} if args.dtype == "fp8" else {})
         self.save(self.result)
-        self.latents = stand_in.shallow_latents(args, (), self.kernel, self.place, device, exact=True)
+        self.latents = stand_in.shallow_latents(args, (), "auto", self.place, device, exact=True)
         if args.compile:
             torch._functorch.config.enable_autograd_cache = False             # its keys know nothing of the attention kernel that was chosen
             small = lambda: torch.compile(lambda x: x.sin() + 1, backend=args.backend)(torch.ones(8, device=device))
@@ -134,10 +139,11 @@ class Session:
             self.pictures = stand_in.two_chunks(stand_in.random_vae(device, dtype, **shape).float(), chunk, device)
         fast.autotune(False)                                            # not for the check's small pictures
         vae = fast.decoder(stand_in.random_vae(device, dtype, encoder=True, **shape), switches, chunk, args.backend)
-        error = bounded_error(stand_in.two_chunks(vae, chunk, device), self.pictures, dtype, f"the decoder with {label}")
-        fast.autotune("autotune" in switches)
         rows, columns = self.place
         z = torch.randn(1, 16, chunk, 2 * rows, 2 * columns, generator=torch.Generator(device).manual_seed(3), device=device)
+        vae.decode(z, vae.decode(z)[1])                                 # compiled code is tuned to the size that it meets first
+        error = bounded_error(stand_in.two_chunks(vae, chunk, device), self.pictures, dtype, f"the decoder with {label}")
+        fast.autotune("autotune" in switches)
         found = self.result["vae"][label] = {"error": error, **timing.decoder(vae, z, args.repeats, device), **shape}
         print(f"VAE {chunk} latents, {label:28s} {found['ms_p50']:9.2f} ms p50   error {error:.2g}", flush=True)
         if not switches:
@@ -148,9 +154,10 @@ class Session:
     def run(self, switches, settings):
         """One form of the model, checked, at several settings; the first of them with the decoder, and what it is compared with."""
         args, device, place, label, first = self.args, self.device, self.place, named(switches), self.args.settings[0]
-        error = bounded_error(stand_in.shallow_latents(args, switches, self.kernel, place, device), self.latents,
+        kernel = self.kernels["fp8" if "fp8" in switches else ""]
+        error = bounded_error(stand_in.shallow_latents(args, switches, kernel, place, device), self.latents,
                               fast.E4M3 if "fp8" in switches else DTYPES[args.dtype], label)
-        dit = stand_in.form(args, switches, device, self.kernel, args.layers)
+        dit = stand_in.form(args, switches, device, kernel, args.layers)
         fast.autotune("autotune" in self.result.get("vae_form", ""))
 
         def at(setting):
@@ -172,18 +179,19 @@ class Session:
             print(f"{setting} {label:40s} {row['ms_p50']:9.2f} ms p50  {row['tflops']:8.4g} TFLOP/s  MFU {row['mfu']:.2f}  error {error:.2g}"
                   f"  {row['dit_fps']:6.1f} frames/s" + (f", {whole:.1f} with the decoder" if whole else ""), flush=True)
         for setting in settings:
-            self.attempt(f"{setting} {label}", lambda: at(setting), kind=f"{setting}")
+            if not self.attempt(f"{setting} {label}", lambda: at(setting), kind=f"{setting}") and setting == first:
+                break                                                                      # larger settings would fail too
         broken = self.result["missing"].get(f"{settings[0]} {label}", OVER)
         if broken != OVER and "OutOfMemory" not in broken:                # what passed with a few layers fails with all of them: other switches may not
             raise RuntimeError(broken)
         if not switches:
             for name, rival in {"no_cache": timing.recomputing, **({"diffusers": timing.diffusers_window} if self.diffusers else {})}.items():
                 self.attempt(name, lambda: self.result.update({name: rival(dit, place, first.chunk, device, max(3, args.repeats // 4))}))
-        elif switches == forms(args, device)["together"][-1]:
+        elif switches == forms(args, device)["together"][0]:
             self.attempt("profile", lambda: self.result.update(profile=timing.where_time_goes(dit, first, place, device)))
 
     def try_all(self, switches, settings):
-        """`run`; several switches that fail together are tried again without one or two of them."""
+        """`run`; several switches that fail together are tried again without some of them."""
         for fewer in dict.fromkeys(tuple(s for s in switches if s not in left_out) for left_out in (WITHOUT if len(switches) > 1 else WITHOUT[:1])):
             if self.attempt(named(fewer), lambda: self.run(fewer, settings)):
                 return
@@ -207,8 +215,8 @@ def bench(args, device, save=lambda result: None) -> dict:
         for switches in (d for d in able if "autotune" in d):                  # each may take a minute, and seldom helps
             session.try_decoder(switches)
         if part == "together" and session.vae is not before:
-            session.try_all(forms(args, device)[part][-1], settings)           # the last form again, with the decoder that is faster still
-    fast.use_attention("auto"), fast.autotune(False)
+            session.try_all(forms(args, device)[part][0], settings)            # the first form again, with the decoder that is faster still
+    kernels.use_attention("auto"), fast.autotune(False)
     return session.result
 
 

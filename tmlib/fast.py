@@ -3,7 +3,7 @@
 - `fuse_qkv`: one matrix product for queries, keys and values; `compile_blocks`, `compile_step`: elementwise work fused by torch.compile;
   `to_fp8`: the large linears in e4m3, the only change whose outputs differ beyond rounding order;
   `Graphed`: steady-state passes of a stream replayed as CUDA graphs; `decoder`: the decoder's own switches;
-  `use_attention`, `autotune`: which kernels run, in the whole process; `model`: several of these in the order that works.
+  `autotune`: cuDNN's choice, in the whole process, as `kernels` is for attention; `model`: several of these in the order that works.
 - All but `Graphed`, a wrapper, change the model in place and return it: 18 B parameters do not fit a card twice.
 - Names of parameters change, so a fast model is for running, not for saving.
 """
@@ -11,7 +11,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -20,25 +20,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import UserError
+from .kernels import E4M3, E4M3_MAX, any_attention
 from .layers import SelfAttention
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max                  # 448
-# Linears of a block that take e4m3. Others stay: keys and values of text and image are made once per stream, those of the
-# sound are small and lips are the purpose; embedders, modulation and head are few FLOPs and sensitive (LongLive2 keeps them).
+# Linears of a block that take e4m3. Others stay: keys and values of text and image are made once per stream, the sound's linears
+# move the lips, which are the purpose; embedders, modulation and head are few FLOPs and sensitive (LongLive2 keeps them).
 FP8_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
               "ffn.net.0.proj", "ffn.net.2")
-ATTENTIONS = ("flash", "cudnn", "mem_efficient", "math")
 SERVED = ("qkv", "compile", "graphs"), ("together", "channels_last", "compile")       # switches of model and decoder in a stream for people: `talk.load_models`
 PROMPTS = 3                                       # sets of conditions whose recordings a stream keeps: speaking, listening, one more
 
 
 def model(dit, switches, backend="inductor"):
-    """A WanDiT with switches on: "qkv", "fp8", "compile", "graphs". Linears are joined before they are quantised; graphs wrap it all."""
+    """A WanDiT with switches on: "qkv", "fp8", "compile" ("persistent"), "graphs". Linears are joined before they are quantised; graphs wrap it all."""
     dit = fuse_qkv(dit) if "qkv" in switches else dit
     dit = to_fp8(dit) if "fp8" in switches else dit
-    dit = compile_blocks(dit, backend=backend) if "compile" in switches else dit
+    dit = compile_blocks(dit, "persistent" in switches, backend=backend) if "compile" in switches else dit
     return Graphed(dit) if "graphs" in switches else dit
 
 
@@ -68,18 +65,20 @@ def fuse_qkv(dit):
     return dit
 
 
-# Compilation and attention kernels
+# Compilation
 
 def steady(h, past) -> bool:
     """Whether a stream's context is of two chunks, as it stays. Compiled code is for this; a stream's first two chunks run as they are, for theirs would take as long to compile."""
     return past is not None and past[0][0][0].shape[2] == 2 * h.shape[1] * h.shape[2]
 
 
-def compile_blocks(dit, **how):
-    """torch.compile of the block, once for all: its layers share the graph. See `steady`."""
-    trunk = dit.trunk
+def compile_blocks(dit, persistent=False, **how):
+    """torch.compile of the block, and of the cache's writes, once for all: layers share the graph. See `steady`. persistent: by inductor, which then also tries kernels that hold
+    whole rows, of 5120 numbers and more, and keeps the faster ones."""
+    trunk, how = dit.trunk, {"fullgraph": True, "dynamic": False, **({"options": {"triton.multi_kernel": 1}} if persistent else {}), **how}
     for block in dit.blocks:
-        block.compile(**{"fullgraph": True, "dynamic": False, **how})
+        block.compile(**how)
+    dit.store = torch.compile(dit.store, **how)
 
     def either(h, temb, mod, ctx, past=None):
         with nullcontext() if steady(h, past) else torch.compiler.set_stance("force_eager"):
@@ -105,32 +104,12 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def use_attention(name: str) -> None:
-    """Let scaled dot-product attention choose this kernel only ("auto": any). Before compilation, which settles the choice."""
-    if name not in (*ATTENTIONS, "auto"):
-        raise UserError(f"attention kernel {name!r} is unknown; choose one of auto, {', '.join(ATTENTIONS)}")
-    for kernel in ATTENTIONS:
-        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(name in (kernel, "auto"))
-
-
-@contextmanager
-def any_attention():
-    """All kernels for a while, whatever `use_attention` chose."""
-    chosen = [getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in ATTENTIONS]
-    use_attention("auto")
-    try:
-        yield
-    finally:
-        for kernel, on in zip(ATTENTIONS, chosen):
-            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(on)
-
-
 # FP8
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x (..., D) in e4m3, each scaled so that its largest entry is 448, and the scales (..., 1) that undo it."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+    most = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12)
+    return (x.float() * (E4M3_MAX / most)).to(E4M3), most / E4M3_MAX                     # few instructions, for which these kernels wait on a GPU
 
 
 class Float8Linear(nn.Module):
@@ -173,9 +152,13 @@ def to_fp8(dit):
 
 def cuda_graph(run, pool):
     """Record run() without executing it: (its static output, replay, the memory pool); pool: of an earlier recording, or None."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):           # another thread may be decoding
-        out = run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):       # another thread may be decoding
+            out = run()
+    except BaseException:
+        torch.cuda.set_stream(stream)                                                     # a recording that failed may leave its own behind
+        raise
     return out, graph.replay, graph.pool()
 
 

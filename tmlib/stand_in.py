@@ -12,7 +12,7 @@ import math
 import torch
 
 from . import attention as att
-from . import fast, flow, plan, weights
+from . import fast, flow, kernels, plan, weights
 from .chain import Chain, bare
 from .config import UserError
 from .dit import WanDiT
@@ -132,7 +132,7 @@ def form(args, switches, device, kernel="auto", layers=None):
     """The model with its switches on. The order matters: attention is settled before compilation."""
     gc.collect(), torch.cuda.empty_cache()                              # the form before this one must not be there any more
     torch._dynamo.reset()                                               # and compiled graphs have its attention kernel baked in
-    fast.use_attention(kernel if "attention" in switches else "auto")
+    kernels.use_attention(kernel if "attention" in switches else "auto")
     dit = random_dit(args.variant, device, DTYPES[args.dtype], args.seed, chunk=args.settings[0].chunk,
                      **({} if layers is None else {"num_layers": layers}))
     return fast.model(dit, switches, args.backend)

@@ -103,6 +103,14 @@ def test_a_kernel_of_its_own_serves_long_attention(eager, monkeypatch, kernel, m
         monkeypatch.setattr(kernels, "find_spec", lambda name: None) or kernels.use_attention(kernel)
 
 
+def test_attention_in_e4m3_is_attention_but_for_rounding(eager):
+    q, k, v = (randn(1, 2, L, 16, seed=s) for s, L in ((1, 12), (2, 36), (3, 36)))
+    assert 1e-3 < error(kernels.e4m3_attention(q, k, v), att.attention(q, k, v)) < 0.06
+    with kernels.low_attention(30):
+        assert 1e-5 < error(stream(make()), eager) < 0.05
+    assert att.long_attention is None and att.LONG == 1024 and error(stream(make()), eager) == 0
+
+
 def test_threads_leave_the_chosen_kernel_as_it_was():
     """The decoder attends with any kernel; two threads inside at a time, and the first to leave must not end it for the other."""
     on = lambda: [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()]

@@ -190,9 +190,9 @@ class Session:
         elif switches == forms(args, device)["together"][0]:
             self.attempt("profile", lambda: self.result.update(profile=timing.where_time_goes(dit, first, place, device)))
 
-    def try_all(self, switches, settings):
-        """`run`; several switches that fail together are tried again without some of them."""
-        for fewer in dict.fromkeys(tuple(s for s in switches if s not in left_out) for left_out in (WITHOUT if len(switches) > 1 else WITHOUT[:1])):
+    def try_all(self, switches, settings, without=WITHOUT):
+        """`run`; switches that fail together are tried again without some of them."""
+        for fewer in dict.fromkeys(tuple(s for s in switches if s not in left_out) for left_out in without):
             if self.attempt(named(fewer), lambda: self.run(fewer, settings)):
                 return
 
@@ -210,7 +210,7 @@ def bench(args, device, save=lambda result: None) -> dict:
         for switches in (d for d in able if "autotune" not in d):
             session.try_decoder(switches)
         for switches in forms(args, device)[part]:
-            session.try_all(switches, settings)
+            session.try_all(switches, settings, WITHOUT if part == "together" else WITHOUT[:1])
         before = session.vae
         for switches in (d for d in able if "autotune" in d):                  # each may take a minute, and seldom helps
             session.try_decoder(switches)

@@ -5,6 +5,7 @@
   It has a form in e4m3, which only the forms of a model that have e4m3 anyway should take.
 """
 
+import math
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -59,6 +60,29 @@ def _enable(kernels) -> None:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in kernels)
 
 
+@contextmanager
+def low_attention(keys: int):
+    """For a while, attention to more keys than that is `e4m3_attention`: to see what it costs."""
+    before = att.long_attention, att.LONG
+    att.long_attention, att.LONG = e4m3_attention, keys
+    try:
+        yield
+    finally:
+        att.long_attention, att.LONG = before
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def e4m3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention (B, N, L, D) rounded as FlashAttention-3 rounds it in e4m3, in plain steps and summed in float32: queries, keys and values, and the
+    weights of the sum, of which the largest is 256."""
+    low = lambda x: x.float().clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float()
+    s = low(q) @ low(k).mT / math.sqrt(q.shape[-1])                                      # (B, N, L, L')
+    p = 256 * (s - s.amax(-1, keepdim=True)).exp()
+    o = low(p) @ low(v) / p.sum(-1, keepdim=True)
+    return o if q.dtype == E4M3 else o.type_as(q)
+
+
 def flash3(q: Tensor, k: Tensor, v: Tensor, low: bool = False) -> Tensor:
     """Attention of many queries (B, N, L, D) to many keys (B, N, L', D) by FlashAttention-3. low: in e4m3 as they are, without scales: queries and keys are
     RMS-normalised, and values of a network's inside are far from 448."""
@@ -70,11 +94,12 @@ def flash3(q: Tensor, k: Tensor, v: Tensor, low: bool = False) -> Tensor:
 
 @torch.library.custom_op("tmlib::flash3", mutates_args=())
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel, (B, L, N, D) -> (B, L, N, D), bfloat16 for e4m3: opaque to compilers. Elsewhere than on CUDA the same sums by torch."""
+    """The kernel, (B, L, N, D) -> (B, L, N, D), bfloat16 for e4m3: opaque to compilers. Elsewhere than on CUDA the same in plain steps."""
     if q.is_cuda:
         import fa3_fwd._C  # noqa: F401  its operators are torch's from here on
         return torch.ops.fa3_fwd.fwd(q, k, v, num_splits=1)[0]
-    o = F.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v))).transpose(1, 2)
+    plain = e4m3_attention if q.dtype == E4M3 else F.scaled_dot_product_attention
+    o = plain(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     return o.to(torch.bfloat16 if q.dtype == E4M3 else q.dtype).contiguous()
 
 

@@ -87,20 +87,24 @@ def test_a_compiled_step_gives_the_same_stream(cache):
 def test_a_kernel_of_its_own_serves_long_attention(eager, monkeypatch, kernel, most):
     """FlashAttention-3's place in the model, held here by the same sums: self-attention alone, compiled as one operation, e4m3 within its rounding."""
     from torch._dynamo.testing import CompileCounter
-    asked = []
-    monkeypatch.setattr(kernels, "find_spec", lambda name: asked.append(name) or name)
-    monkeypatch.setattr(att, "LONG", 30)                    # keys: 12 in chunk 0, 36 later; text and image have 5 and 3
+    keys, real = [], kernels.flash3
+    monkeypatch.setattr(kernels, "find_spec", {"fa3_fwd": "installed"}.get)
+    monkeypatch.setattr(att, "LONG", 30)                    # keys: 12 in chunk 0, 24 and 36 later; text and image have 5 and 3
+    monkeypatch.setattr(kernels, "flash3", lambda q, k, v, low: keys.append(k.shape[2]) or real(q, k, v, low))
     try:
+        kernels.use_attention(kernel)
+        assert error(stream(make()), eager) < most and set(keys) == {36}
+        monkeypatch.setattr(kernels, "flash3", real)
         kernels.use_attention(kernel)
         torch._dynamo.reset()
         graphs = CompileCounter()
         out = stream(fast.compile_blocks(make(), backend=graphs))
     finally:
         kernels.use_attention("auto")
-    assert asked == ["fa3_fwd"] and graphs.frame_count == 2 and att.long_attention is None
-    assert 0 < error(out, eager) < most or kernel == "flash3" and error(out, eager) < most
+    assert graphs.frame_count == 2 and att.long_attention is None and error(out, eager) < most and (error(out, eager) > 1e-4) == kernel.endswith("fp8")
+    monkeypatch.setattr(kernels, "find_spec", {}.get)
     with pytest.raises(UserError, match="pip install fa3-fwd"):
-        monkeypatch.setattr(kernels, "find_spec", lambda name: None) or kernels.use_attention(kernel)
+        kernels.use_attention(kernel)
 
 
 def test_attention_in_e4m3_is_attention_but_for_rounding(eager):

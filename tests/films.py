@@ -1,4 +1,7 @@
 """Small real videos for tests: drawn people who speak, as mp4, whole and broken in every way that folders of videos are."""
+from fractions import Fraction
+
+import av
 import numpy as np
 
 from tmlib import data, media, speakers, speech
@@ -94,6 +97,24 @@ def ends(path):
     write(path, scene(person()[0]), person()[1][:RATE // 4])
 
 
+def squeezed(path):
+    """Pixels wider than high, as in old television."""
+    good(path)
+    frames = scene(person()[0])
+    with av.open(str(path)) as old, av.open(str(path.with_suffix(".mkv")), "w") as new:
+        pictures, sound = new.add_stream("libx264", rate=16), new.add_stream_from_template(old.streams.audio[0])
+        pictures.height, pictures.width = frames.shape[1:3]
+        pictures.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for packet in (p for frame in frames for p in pictures.encode(av.VideoFrame.from_ndarray(frame))):
+            new.mux(packet)
+        new.mux(pictures.encode(None))
+        for packet in old.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = sound
+                new.mux(packet)
+    path.with_suffix(".mkv").replace(path)
+
+
 BROKEN = {truncated: "cut off: 2.0 s promised", silent: "no sound", nobody: "no face", two: "more than one face", short: "no shot of 0.6 s",
           letter: "not a video that can be read", empty: "not a video that can be read", black: "black picture", cut: "no shot of 0.6 s",
-          dubbed: "somebody else speaks", ends: "the sound is shorter than the picture"}
+          dubbed: "somebody else speaks", ends: "the sound is shorter than the picture", squeezed: "its pixels are not square"}

@@ -1,5 +1,6 @@
 """Paths, parameters, seeds, files and progress."""
 
+import errno
 import json
 import signal
 
@@ -150,6 +151,7 @@ def test_atomic_file_and_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------------- terminal
 @pytest.mark.parametrize("error, status, line", [
     (config.UserError("face.png: too small;\n  use 64 pixels"), 2, "error: face.png: too small; use 64 pixels\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "a.npz"), 2, "error: a.npz: no space left; make some, then run again\n"),
     (KeyboardInterrupt(), 130, "stopped\n"),
 ])
 def test_cli_turns_errors_into_a_line_and_a_status(capsys, error, status, line):

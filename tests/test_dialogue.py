@@ -249,7 +249,7 @@ def test_a_link_leads_to_the_public_model(tmp_path, monkeypatch, encoder):
     from tmlib import audio_llm
     hub.link(tmp_path / "dialogue.safetensors", "some/model", turns=3)
     monkeypatch.setattr(audio_llm, "load", lambda *a, **k: (a, k))
-    assert dialogue.load_partner(tmp_path, encoder, "voice") == (("some/model", "voice"), {"turns": 3})
+    assert dialogue.load_partner(tmp_path, encoder, "voice") == (("some/model", "voice"), {"turns": 3, "device": None})
 
 
 def test_the_bank_holds_every_question_by_several_voices(encoder, book, monkeypatch):

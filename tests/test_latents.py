@@ -23,7 +23,9 @@ def test_prompts_are_made_of_words():
     a, b, c = latents.prompt("flat", "speaking", 8), latents.prompt("line", "speaking", 8), latents.prompt(None, None, 8)
     assert a.shape == (3, 8) and torch.equal(a, latents.prompt("flat", "speaking", 8))
     assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) and not torch.equal(a[1], b[1])
-    assert torch.equal(c[1], c[2]) and torch.equal(c[0], a[0])           # "any"
+    assert torch.equal(c[0], a[0]) and torch.equal(c[1], torch.stack([latents.prompt(style, None, 8)[1] for style in data.STYLES]).mean(0))      # unsaid: no word that training never met
+    with pytest.raises(UserError, match="'cartoon' is unknown.*flat, line, soft3d"):
+        latents.prompt("cartoon", "speaking", 8)
 
 
 # ---- batches -----------------------------------------------------------------------------------

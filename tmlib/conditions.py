@@ -1,8 +1,8 @@
 """Text and picture conditioning at full size: UMT5 and CLIP speak once, their words are kept on disk, and they are let go.
 
 What is special
-- Prompt and reference picture are constant for a stream, so run time needs a file of a few megabytes, not 6 B parameters: a
-  stored prompt or picture never loads its encoder, nor the library it comes from.
+- Prompt and reference picture are constant for a stream, so run time needs a few megabytes of memory, not 6 B parameters: a
+  stored prompt or picture never loads its encoder, nor the library it comes from. The encoder's files must lie there, for they name what is stored.
 - Stored by content: the key is a hash of the prompt or the pixels, of the encoder's files (`hub.fingerprint`) and of the
   number format. Another model, another wording, another picture: another file.
 - As Wan was trained: text is 512 tokens, zeros behind the last real one (not what UMT5 says of padding); the picture is CLIP's
@@ -26,6 +26,7 @@ from .config import UserError, atomic
 from .data import to_uint8
 from .hub import find_part, fingerprint, linked, load_part
 from .latents import prompt
+from .placement import LOADING, clearly
 from .readers import load_readers
 
 TEXT_TOKENS = 512
@@ -41,12 +42,13 @@ class Conditions:
     prompt: Callable[[str | None, str | None, int], Tensor]      # style, mode (speaking, listening), text_dim -> (tokens, text_dim)
 
 
-def load_conditions(folder, keep: bool = False) -> Conditions:
-    """Those of a folder of models: the miniature's own, or the pretrained ones that its readers.safetensors links to. keep: the encoder of pictures stays loaded, for many of them."""
+def load_conditions(folder, keep: bool = False, device: str | None = None) -> Conditions:
+    """Those of a folder of models: the miniature's own, or the pretrained ones that its readers.safetensors links to. keep: the encoder of pictures stays
+    loaded, for many of them. device: where pretrained ones run if they must (default: a GPU if there is one)."""
     if not (how := linked(Path(folder) / "readers.safetensors")):
         return Conditions(load_readers(folder)[1].tokens, prompt)
     source, cache, loaded = how["source"], config.SCRATCH / "conditions", {} if keep else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def say(style: str | None, mode: str | None, dim: int) -> Tensor:
         tokens = text_tokens(f"{style} style. {SENTENCES[mode]}" if style else SENTENCES[mode], source, cache, device=device)[0]
@@ -118,7 +120,8 @@ def stored(items: list, names: list[str], cache, load) -> list[Tensor]:
     paths, encode = [Path(cache) / name for name in names], None
     for item, path in zip(items, paths):
         if not path.is_file():
-            encode = encode or load()
+            with clearly("loading an encoder of prompts or pictures", LOADING):
+                encode = encode or load()
             with atomic(path, every_rank=True) as temporary:         # the same bytes from all; none waits for another
                 save_file({"tokens": encode(item).cpu().contiguous()}, temporary)
     if encode is not None:
@@ -130,7 +133,7 @@ def stored(items: list, names: list[str], cache, load) -> list[Tensor]:
 
 
 def read_tokens(path) -> Tensor:
-    """One stored condition (tokens, dim), unpadded: all that a machine without the encoders needs."""
+    """One stored condition (tokens, dim), unpadded."""
     from safetensors.torch import load_file
     try:
         return load_file(path)["tokens"]

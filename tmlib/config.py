@@ -7,6 +7,7 @@ Special here:
   stage needs lives elsewhere (`scales`, `notebook`, `doctor`).
 """
 
+import errno
 import json
 import math
 import os
@@ -185,12 +186,17 @@ def load_json(path, fix: str | None = None) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ terminal
 def cli(main) -> None:
-    """Run main() as a command: UserError -> `error: <line>` on stderr and status 2; Ctrl-C -> 130; SIGTERM cleans up -> 143."""
+    """Run main() as a command: UserError, or a full disk -> `error: <line>` on stderr and status 2; Ctrl-C -> 130; SIGTERM cleans up -> 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'disk'}: no space left; make some, then run again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

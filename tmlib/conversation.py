@@ -297,7 +297,7 @@ class Conversation:
 def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None = None, voice: str | None = None, speed: str | None = None, placement: str = "serial"):
     """Load everything once -> what makes the Conversation of one call with this face. UserError names what is missing.
 
-    partner: folder or hub id of a public audio language model, which goes to a second GPU where there is one; None: that of the models' folder. voice: a name of
+    partner: folder or hub id of a public audio language model; None: that of the models' folder. A public one goes to a second GPU where there is one. voice: a name of
     data/voices.yaml. speed: see `talk.load_models`; placement: of the decoder, see `placement`.
     """
     import torch
@@ -308,7 +308,8 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     if voice not in (None, *voices):
         raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
     m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu", speed)
-    mind = audio_llm.load(partner, speaker, str(stream.another(m.dit.device))) if partner else dialogue.load_partner(folder, m.encoder, speaker)
+    beside = str(stream.another(m.dit.device))
+    mind = audio_llm.load(partner, speaker, beside) if partner else dialogue.load_partner(folder, m.encoder, speaker, beside)
     if isinstance(mind, dialogue.Partner):
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
               "Where does a whale live? (data/dialogue.yaml has all it knows; --partner: a public model)", flush=True)

@@ -253,12 +253,12 @@ class Partner:
         self.turns = []
 
 
-def load_partner(folder: Path, encoder, voice):
-    """The partner of a folder of models: its own miniature, or the public model that its dialogue.safetensors links to."""
+def load_partner(folder: Path, encoder, voice, device: str | None = None):
+    """The partner of a folder of models: its own miniature, or the public model that its dialogue.safetensors links to, on `device` unless the link names one."""
     if not (how := linked(Path(folder) / "dialogue.safetensors")):
         return Partner(load(folder), encoder, voice)
     from . import audio_llm
-    return audio_llm.load(how.pop("source"), voice, **how)
+    return audio_llm.load(how.pop("source"), voice, **{"device": device, **how})
 
 
 # -------------------------------------------------------------------------------------------------------------- training

@@ -84,6 +84,8 @@ def probe(path: Path) -> tuple[int, float, float]:
                 raise Unusable("no picture" if not pictures else "no sound")
             if pictures[0].codec_context is None:
                 raise Unusable("its pictures are coded in a way that is not known here")
+            if (pictures[0].sample_aspect_ratio or 1) != 1:
+                raise Unusable("its pixels are not square")
             clock = lambda value, base: float(value * base) if value is not None else 0.0
             seconds = clock(pictures[0].duration, pictures[0].time_base) or (container.duration or 0) / av.time_base
             if seconds > LONGEST_S:

@@ -75,10 +75,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = (), **how):
     """`cls.from_pretrained(folder, **how)`, frozen, for inference. Only weights whose names end in `optional` may be missing."""
+    import torch
     weight_files(folder)
     try:
         how = dict(how, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
         net, info = cls.from_pretrained(folder, **how)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise                                        # says `placement.clearly`, around whoever loads
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: its weights are not those of its config.json ({line}); copy both again") from error
@@ -111,6 +114,8 @@ def fingerprint(*folders: Path) -> str:
 def link(path, source, tensors: dict | None = None, **how) -> None:
     """Write the link `path` to the pretrained part `source`; how: JSON values that its loader takes; tensors: weights that share the file."""
     from safetensors.torch import save_file
+    folder = Path(source).expanduser()
+    source = folder.resolve() if folder.is_dir() else source                 # found from wherever it is read
     with atomic(path) as temporary:
         save_file(tensors or {}, temporary, {"pretrained": json.dumps({"source": str(source), **how})})
 

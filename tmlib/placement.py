@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from queue import SimpleQueue
 
 import numpy as np
@@ -52,17 +53,17 @@ def mark(chunk: Chunk, stage: str):
     chunk.marks[stage] = began, time.perf_counter()
 
 
-def ahead(items, depth: int = 1, device=None):
+def ahead(items, depth: int = 1, device=None, stage: str = "dit"):
     """Iterate `items` in a thread of its own, at most `depth` of them made before they are asked for.
 
     What `items` raises is raised here, behind what came before it. Closing this generator closes `items`, after the one in
-    the making. device: a GPU, on which the thread has a CUDA stream of its own.
+    the making. device: a GPU, on which the thread has the CUDA stream of this stage.
     """
     done, room, stopped = SimpleQueue(), threading.Semaphore(depth), threading.Event()
 
     def work():
         try:
-            with own_stream(device):
+            with own_stream(device, stage):
                 while room.acquire() and not stopped.is_set():
                     done.put((next(items), None))
                 items.close()
@@ -98,12 +99,18 @@ def by_latent(chunks):
                               wave=chunk.wave[(begin - chunk.frame) * FRAME:(frame - chunk.frame) * FRAME], marks=dict(chunk.marks))
 
 
-def own_stream(device):
+def own_stream(device, stage: str):
     if device is None or torch.device(device).type != "cuda":
         return nullcontext()
-    stream = torch.cuda.Stream(device)
+    stream = cuda_stream(torch.device(device), stage)
     stream.wait_stream(torch.cuda.default_stream(device))    # weights may still be on their way
     return torch.cuda.stream(stream)
+
+
+@lru_cache
+def cuda_stream(device: torch.device, stage: str) -> torch.cuda.Stream:
+    """One for each stage and device, for good: torch keeps freed memory for each stream that ever used it, and a call takes back its answers, in a new thread each time."""
+    return torch.cuda.Stream(device)
 
 
 def ready(tensor: Tensor) -> torch.cuda.Event | None:
@@ -134,16 +141,18 @@ def decoded(chunks, vae, save: bool = False, past=None):
             yield chunk
 
 
+LOADING = "close what else uses that memory, or give another device or smaller models"
+
+
 @contextmanager
-def clearly(doing: str):
-    """No memory left -> UserError that says what could not be done."""
+def clearly(doing: str, mend: str = "take a smaller picture or chunk, or another placement; all frames delivered before are valid"):
+    """No memory left -> UserError that says what could not be done, and what may mend it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:             # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no class
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        raise UserError(f"out of memory when {doing}: take a smaller picture or chunk, or another placement; "
-                        "all frames delivered before are valid") from error
+        raise UserError(f"out of memory when {doing}: {mend}") from error
 
 
 def device_of(vae) -> torch.device:

@@ -65,6 +65,10 @@ def scaled_params(root: Path, scale: str) -> str:
     params = config.overlay(params, overlays[scale] or {}, f"scales.{scale}", none_removes=True)
     if "scale" in (params.get("common") or {}):
         params["common"] = {**params["common"], "scale": scale}
+    for section in params.values():                 # folders are relative to the tree, and the mirror lies deeper
+        for key in ("folder", "pretrained"):
+            if isinstance(section, dict) and isinstance(section.get(key), str) and (root / section[key]).is_dir():
+                section[key] = str((root / section[key]).resolve())
     yaml = YAML()                                   # the one of ruamel's writers that keeps the order
     yaml.representer.ignore_aliases = lambda _: True
     text = io.StringIO(f"# Written by `make repro SCALE={scale}`; edit ../../params.yaml instead.\n")

@@ -243,7 +243,7 @@ class Streamer:
             return decoded(chunks, self.vae, self.resumable, past)
         if self.placement == "two_process":
             return self.decoder().run(chunks, depth, self.resumable, past, self.blocking)
-        return ahead(decoded(ahead(chunks, depth, self.dit.device), self.vae, self.resumable, past), depth, device_of(self.vae))
+        return ahead(decoded(ahead(chunks, depth, self.dit.device), self.vae, self.resumable, past), depth, device_of(self.vae), "vae")
 
     def decoder(self):
         from .two_process import Decoder
@@ -322,9 +322,11 @@ def another(device):
 
 
 def to_video(image):
-    """uint8 (H, W, 3) -> float (1, 3, 1, H, W) in [-1, 1]."""
+    """A picture, uint8 (H, W, 3) -> float (1, 3, 1, H, W) in [-1, 1]."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(f"the picture must be uint8 (H, W, 3), got {image.dtype} {image.shape}; read it with media.read_image")
+    if image.shape[0] % 16 or image.shape[1] % 16:
+        raise UserError(f"the picture is {image.shape[0]} x {image.shape[1]} pixels, of which each must be a multiple of 16; read it with media.read_image at the models' size")
     image = torch.from_numpy(image.copy())
     return (image.float() / 127.5 - 1).permute(2, 0, 1)[None, :, None]

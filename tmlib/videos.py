@@ -16,7 +16,7 @@ import signal
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from . import config, faces, footage
-from .config import Progress, UserError, atomic
+from .config import FPS, Progress, UserError, atomic
 from .data import STYLES, Clip, save_split
 from .footage import Settings
 
@@ -44,7 +44,7 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
     names = listing(folder)
     parts = {name: scratch / key(folder / name, name, s) for name in names}
     sweep(scratch), sweep(out)
-    todo = [(folder / name, part, s) for name, part in parts.items() if not part.exists()]
+    todo = [(folder / name, part, s) for name, part in parts.items() if not (part / "part.json").exists()]
     if len(todo) < len(names):
         print(f"videos: going on after {len(names) - len(todo)} of {len(names)}", flush=True)
     progress = Progress(len(names), "videos", start=len(names) - len(todo))
@@ -59,10 +59,11 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
         enough([clip for name in whose[each] for clip in found[name]["clips"]], each, folder)
     numbers = {}
     for each, mine in whose.items():
-        n = sum(len(found[name]["clips"]) for name in mine)
-        made = (clip for name in mine for clip in stored(parts[name], found[name]["clips"], name, each, s))
-        numbers[each] = save_split(out, each, n, made)
+        order = mixed((name, i) for name in mine for i in range(len(found[name]["clips"])))
+        made = (stored(parts[name], i, found[name]["clips"][i], name, each, s) for name, i in order)
+        numbers[each] = save_split(out, each, len(order), made)
     for part in parts.values():
+        (part / "part.json").unlink()            # first, for what is removed by halves must not count as done
         shutil.rmtree(part)
     return numbers
 
@@ -70,7 +71,7 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
 def settings(p) -> Settings:
     """Those of the section `data` of params.yaml."""
     try:
-        return Settings(p.frames, p.fps, p.size, **(p.videos or {}))
+        return Settings(p.frames, FPS, p.size, **(p.videos or {}))
     except TypeError as error:
         raise UserError(f"params.yaml: data.videos: {error}; known are the fields of footage.Settings") from None
 
@@ -102,6 +103,11 @@ def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[st
     return {name: split for split, lo, hi in zip(shares, [0, *ends], ends) for name in order[lo:hi]}
 
 
+def mixed(clips: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """(video, clip) in an order of chance that depends on the names alone: neighbours are different people, who talk behind one another in training (`audio.degrade`), and the first few are some of everybody."""
+    return sorted(clips, key=lambda clip: hashlib.sha256(repr(clip).encode()).hexdigest())
+
+
 def enough(metas: list[dict], split: str, folder: Path) -> None:
     speak = sum(meta["kind"] == "speaking" for meta in metas)
     if speak < len(STYLES):                                                   # as many are shown, and scored with intervals
@@ -129,13 +135,12 @@ def make_part(job: tuple[Path, Path, Settings]) -> None:
         (temporary / "part.json").write_text(json.dumps({"clips": made, "unusable": reasons}))
 
 
-def stored(part: Path, metas: list[dict], name: str, split: str, s: Settings) -> Iterator[tuple[Clip, dict]]:
-    """What `make_part` wrote, as `save_split` takes it."""
+def stored(part: Path, i: int, meta: dict, name: str, split: str, s: Settings) -> tuple[Clip, dict]:
+    """A clip that `make_part` wrote, as `save_split` takes it."""
     shape = {"split": split, "style": None, "frames": s.frames, "fps": s.fps, "size": s.size}
-    for i, meta in enumerate(metas):
-        with np.load(part / f"{i}.npz") as arrays:
-            clip = Clip(**{name: arrays[name] for name in ARRAYS}, phones=[], voice="")
-        yield clip, {**shape, **meta, "identity": zlib.crc32(person(name).encode()), "source": name}
+    with np.load(part / f"{i}.npz") as arrays:
+        clip = Clip(**{name: arrays[name] for name in ARRAYS}, phones=[], voice="")
+    return clip, {**shape, **meta, "identity": zlib.crc32(person(name).encode()), "source": name}
 
 
 def done(todo: list, workers: int) -> Iterator[None]:
@@ -143,12 +148,16 @@ def done(todo: list, workers: int) -> Iterator[None]:
     if workers <= 1:
         yield from map(make_part, todo)
         return
-    try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow) as pool:
+        try:
             yield from pool.map(make_part, todo)
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, for lack of memory perhaps; run again, with fewer --workers if need be: it goes on where "
-                        "it was") from None
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, for lack of memory perhaps; run again, with fewer --workers if need be: it goes on where "
+                            "it was") from None
+        except BaseException:                    # Ctrl-C above all: a job may be a video of two hours, and nothing half-made is kept
+            for worker in list((pool._processes or {}).values()):
+                worker.kill()
+            raise
 
 
 def follow() -> None:
@@ -172,13 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", help=f"videos ({', '.join(SUFFIXES)}), in folders below it too: one folder a person")
     add("--out", default=config.DATA / "clips", metavar="FOLDER", help="where the splits and unusable.json go (default: data/clips)")
-    for name, what in (("size", "pixels of a side"), ("fps", "frames per second"), ("frames", "frames of a clip"), ("workers", "processes")):
+    for name, what in (("size", "pixels of a side"), ("frames", "frames of a clip"), ("workers", "processes")):
         add(f"--{name}", type=int, default=getattr(p, name), metavar="N", help=f"{what} (default: {getattr(p, name)}, of params.yaml)")
     add("--only", metavar="SPLIT", help="put everybody into this split (default: data.shares of params.yaml)")
     args = parser.parse_args(argv)
-    if args.frames % 4 != 1 or args.size % 16 or min(args.frames, args.size, args.fps, args.workers) < 1:
-        raise UserError(f"--frames {args.frames} must be 4 k + 1, --size {args.size} a multiple of 16, --fps and --workers at least 1")
-    p.frames, p.fps, p.size = args.frames, args.fps, args.size
+    if args.frames % 4 != 1 or args.size % 16 or min(args.frames, args.size, args.workers) < 1:
+        raise UserError(f"--frames {args.frames} must be 4 k + 1, --size {args.size} a multiple of 16, --workers at least 1")
+    p.frames, p.size = args.frames, args.size
     shares = {args.only: 1.0} if args.only else p.shares
     numbers = collect(args.folder, args.out, settings(p), shares, args.workers, config.SCRATCH / "videos")
     unusable = config.load_json(Path(args.out) / "unusable.json")["unusable"]

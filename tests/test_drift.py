@@ -98,6 +98,15 @@ def test_a_mouth_that_follows_is_as_late_as_it_is(late):
     assert found["toggle_close_frames"] == pytest.approx(late, abs=2) and found["toggle_open_frames"] == pytest.approx(late, abs=2)
 
 
+def test_a_mouth_may_open_for_what_comes_and_the_slowest_turn_shows():
+    truth, opening = spoken()
+    opening[94:96] = 0.5                                                      # two frames before the third turn
+    assert drift.toggles(opening, truth, TURNS)["toggle_close_frames"] == drift.toggles(truth, truth, TURNS)["toggle_close_frames"]
+    opening[92] = 0.5
+    found = drift.toggles(opening, truth, TURNS)
+    assert found["toggle_slowest_frames"] == 45 > found["toggle_latency_frames"] > 12
+
+
 @pytest.mark.parametrize("mouth", ["babbling", "shut", "open"])
 def test_a_mouth_that_does_not_hear_turns_late(mouth):
     truth, _ = spoken()

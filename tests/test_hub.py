@@ -119,3 +119,13 @@ def test_a_link_says_where_a_part_lies(tmp_path):
     assert hub.linked(path) is None
     path.write_bytes(b"no safetensors")
     assert hub.linked(path) is None
+
+
+def test_too_little_memory_is_not_taken_for_wrong_weights(tmp_path, monkeypatch):
+    class Hungry:
+        @staticmethod
+        def from_pretrained(folder, **how):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
+    monkeypatch.setattr(hub, "weight_files", lambda folder: [])
+    with pytest.raises(UserError, match="no memory left for it on cuda"):
+        hub.load_part(Hungry, tmp_path, torch.bfloat16, "cuda")

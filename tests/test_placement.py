@@ -15,7 +15,7 @@ import torch
 from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE
 from tiny import make_dit, stir
 
-from tmlib import config
+from tmlib import config, placement
 from tmlib.config import UserError
 from tmlib.faults import gone
 from tmlib.placement import PLACEMENTS, ahead
@@ -95,6 +95,17 @@ def test_ahead_tells_errors_in_order_and_closes_what_it_drives():
     next(items)
     items.close()
     assert until(lambda: closed == [True] and threading.active_count() == threads)
+
+
+def test_a_stage_keeps_its_cuda_stream(monkeypatch):
+    """Every answer that a call takes back starts new threads; freed memory stays with the stream that used it."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    placement.cuda_stream.cache_clear()
+    gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    mine = placement.cuda_stream(gpu, "dit")
+    assert placement.cuda_stream(gpu, "dit") is mine
+    assert len({placement.cuda_stream(*each) for each in ((gpu, "dit"), (gpu, "vae"), (other, "dit"))}) == 3
+    placement.cuda_stream.cache_clear()
 
 
 # -------------------------------------------------------------------------------------------------------- equality

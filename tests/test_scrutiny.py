@@ -42,6 +42,8 @@ def test_closures_are_counted_where_lips_can_be_seen_to_meet(clips):
     half[2] = 0.6
     found = scrutiny.closures(half, clips, rows)
     assert found["closures"] == pytest.approx(4 / 6) and (found["closures_lo"], found["closures_hi"]) == (0, 1)       # two voices, one of which never closes
+    narrow = scrutiny.closures(clips.truth[..., 0] + 0.1, clips, rows)
+    assert narrow["closures"] == 0 and narrow["closures_nearly"] == 1                                       # lips that come near have not met
     clips.phones = lambda i: []
     assert scrutiny.closures(half, clips, rows) == {"closures": None, "closures_reason": "no p, b or m is known in these clips"}
 

@@ -26,7 +26,6 @@ from .config import UserError, atomic
 from .data import to_uint8
 from .hub import find_part, fingerprint, linked, load_part
 from .latents import prompt
-from .placement import LOADING, clearly
 from .readers import load_readers
 
 TEXT_TOKENS = 512
@@ -120,8 +119,7 @@ def stored(items: list, names: list[str], cache, load) -> list[Tensor]:
     paths, encode = [Path(cache) / name for name in names], None
     for item, path in zip(items, paths):
         if not path.is_file():
-            with clearly("loading an encoder of prompts or pictures", LOADING):
-                encode = encode or load()
+            encode = encode or load()
             with atomic(path, every_rank=True) as temporary:         # the same bytes from all; none waits for another
                 save_file({"tokens": encode(item).cpu().contiguous()}, temporary)
     if encode is not None:

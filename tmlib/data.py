@@ -210,12 +210,13 @@ class Clips:
             setattr(part, name, getattr(self, name)[:n])
         return part
 
-    def examples(self) -> list[int]:
-        """A speaking clip of each style to look at, of another face each; of clips without styles, as real ones are, the first that speak."""
-        styles = [self.where(style=style, kind="speaking") for style in STYLES]
+    def examples(self, each: int = 1) -> list[int]:
+        """Speaking clips to look at, so many of each style, of another face each; of clips without styles, as real ones are, the first that speak."""
+        styles, n = [self.where(style=style, kind="speaking") for style in STYLES], each * len(STYLES)
         if not all(map(len, styles)):
-            return self.where(kind="speaking")[:len(STYLES)].tolist()
-        return [int(some[min(k, len(some) - 1)]) for k, some in enumerate(styles)]
+            return self.where(kind="speaking")[:n].tolist()
+        of = [styles[k % len(STYLES)] for k in range(n)]
+        return list(dict.fromkeys(int(some[min(k, len(some) - 1)]) for k, some in enumerate(of)))
 
     def labels(self, rows: Iterable[int]) -> list[str]:
         """Each row's style, or of a real clip its number: what it was cut from stands in clips.json."""

@@ -14,6 +14,7 @@ from .speech import Phone
 
 OPEN, SPEAKS = 0.15, 0.3                         # a mouth is open above the one; above the other the truth is sure to be
 PATIENCE = 36                                    # frames that a change may take at most: three chunks
+AHEAD = 2                                        # by which a mouth opens before its sound begins, rounded up (`avatar.LEAD_S`)
 
 
 @dataclass
@@ -99,37 +100,37 @@ def series(seen: Watched, picture: np.ndarray, face) -> dict[str, np.ndarray]:
 
 
 def toggles(opening: np.ndarray, truth: np.ndarray, turns: list[tuple[float, bool]]) -> dict[str, float]:
-    """Frames until the mouth follows a change, in the mean over turns; opening, truth (n,).
+    """Frames until the mouth follows a change, in the mean over turns; opening, truth (n,). See also what the truth itself has: toggles(truth, truth, turns).
 
-    toggle_close_frames: from the end of speech until the mouth is shut for the rest of the pause; a mouth that moves by itself never is.
+    toggle_close_frames: from the end of speech until the mouth is shut for the rest of the pause, but for its last AHEAD frames; a mouth that moves by itself never is.
     toggle_open_frames: from the first open truth until the mouth opens, where it was shut when the turn began. toggle_latency_frames: the slower of the two.
+    toggle_slowest_frames: the slowest turn of all.
     """
     begins = [int(begin * FPS) for begin, _ in turns if int(begin * FPS) < len(opening)]
     closing, opens = [], []
     for begin, end, (_, speaks) in zip(begins, [*begins[1:], len(opening)], turns):
         read, sure = opening[begin:end] > OPEN, np.flatnonzero(truth[begin:end] > SPEAKS)
         if not speaks:
-            closing.append(float(np.flatnonzero(read).max(initial=-1)) + 1)
+            closing.append(float(np.flatnonzero(read[:-AHEAD] if end < len(opening) else read).max(initial=-1)) + 1)
         elif len(sure) and not read[0]:
             opens.append(float(np.flatnonzero(read[sure[0]:]).min(initial=PATIENCE)))
     numbers = {"toggle_close_frames": float(np.mean(closing or [PATIENCE])), "toggle_open_frames": float(np.mean(opens or [PATIENCE]))}
-    return numbers | {"toggle_latency_frames": max(numbers.values())}
+    return numbers | {"toggle_latency_frames": max(numbers.values()), "toggle_slowest_frames": max([*closing, *opens, 0.0])}
 
 
 def trend(name: str, parts) -> dict[str, float]:
     """How much a number changes over a stream, given its value in equal parts, one after another, (n,), or those of several streams, (streams, n):
     {name, name_lo, name_hi}.
 
-    It is what straight lines through the parts, one a stream and all as steep, gain from the first part to the last; the interval comes from drawing the parts of each stream anew.
+    It is what a straight line through the streams' mean gains from the first part to the last, by least squares, with its interval. Streams may share
+    their words and their noise, so together they count as one.
     """
-    y = np.atleast_2d(np.array(parts, float))                                 # (streams, n)
-    x, n = np.linspace(0, 1, y.shape[1]), y.shape[1]
-    mean = lambda drawn, v: (drawn * v).sum(-1) / n
-    def gain(drawn):                                                          # (..., streams, n), how often each part counts
-        both, wide = mean(drawn, x * y) - mean(drawn, x) * mean(drawn, y), mean(drawn, x * x) - mean(drawn, x) ** 2
-        return both.sum(-1) / np.maximum(wide.sum(-1), 1e-12)
-    drawn = np.stack([metrics.resampled(n, seed=k) for k in range(len(y))], 1)
-    return metrics.named(name, (float(gain(np.ones(y.shape))), *(float(end) for end in np.percentile(gain(drawn), [2.5, 97.5]))))
+    y = np.atleast_2d(np.array(parts, float)).mean(0)                         # (n,)
+    x, y = np.linspace(-0.5, 0.5, len(y)), y - y.mean()
+    wide, free = max((x * x).sum(), 1e-12), len(y) - 2
+    gain = float((x * y).sum() / wide)
+    half = metrics.student_t(free) * float(np.sqrt(((y - gain * x) ** 2).sum() / free / wide)) if free > 0 else 0.0
+    return metrics.named(name, (gain, gain - half, gain + half))
 
 
 def near(values: np.ndarray, k: int) -> float:

@@ -96,10 +96,12 @@ def lip_trace(truth: np.ndarray, made: np.ndarray, labels: list[str], path, fps:
         axes[-1, 0].set(xlabel="seconds", xlim=(0, truth.shape[1] / fps))
 
 
-def curves(history: list[dict], keys: list[str], path) -> None:
-    """Training numbers over steps, one panel a key, logarithmic; history: what `train.train` returns."""
-    with figure(path, 1, len(keys), (3.2 * len(keys) + 0.6, 2.2), squeeze=False) as (fig, axes):
-        for ax, key in zip(axes[0], keys):
+def curves(history: list[dict], keys: list[str], path, columns: int | None = None) -> None:
+    """Training numbers over steps, one panel a key, logarithmic, so many side by side (all); history: what `train.train` returns."""
+    columns = columns or len(keys)
+    rows = -(-len(keys) // columns)
+    with figure(path, rows, columns, (3.2 * columns + 0.6, 2.2 * rows), squeeze=False) as (fig, axes):
+        for ax, key in zip(axes.flat, keys):
             points = [(h["step"], h[key]) for h in history if key in h]
             ax.plot(*zip(*points), linewidth=1.2)
             ax.set(title=key.replace("_", " "), xlabel="step", yscale="log")

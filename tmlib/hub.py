@@ -80,14 +80,15 @@ def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = (), 
     try:
         how = dict(how, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
         net, info = cls.from_pretrained(folder, **how)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise                                        # says `placement.clearly`, around whoever loads
+        net = net.to(device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{folder}: no memory left for it on {device}; close what else uses that memory, or give another device or a smaller model") from error
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: its weights are not those of its config.json ({line}); copy both again") from error
     if lost := sorted(name for name in info["missing_keys"] if not name.endswith(optional)):
         raise UserError(f"{folder}: {len(lost)} weights missing, such as {', '.join(lost[:3])}; is config.json of another model?")
-    return net.to(device).eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
 
 
 def fingerprint(*folders: Path) -> str:

@@ -157,21 +157,21 @@ def link(dit, vae, encoder, picture, p, how: dict, serial: dict[str, float]) -> 
 
 
 def gantt(path, runs: dict[str, list[Chunk]], first: int, n: int = 5) -> None:
-    """When each device worked on which chunk: chunks first .. first + n of each run, {title: chunks}. Grey: hearing, and between the devices the transfer."""
+    """When each device worked on which chunk: chunks first .. first + n of each run, {title: chunks}; pale: the chunks before and after. Grey: hearing, and between the devices the transfer."""
     with figures.figure(path, len(runs), size=(7, 0.4 + 1.1 * len(runs)), squeeze=False, sharex=True) as (fig, axes):
         for ax, (name, chunks) in zip(axes[:, 0], runs.items()):
-            shown = chunks[first:first + n]
-            zero = shown[0].marks["dit"][0]
-            for c in shown:
-                colour = ("#0072b2", "#56b4e9")[c.index % 2]
+            zero = chunks[first].marks["dit"][0]
+            for i, c in enumerate(chunks[:first + n + 2]):
+                colour, told = ("#0072b2", "#3f8fd0")[c.index % 2], first <= i < first + n
                 for stage, y, height, colour in (("hear", 0, 0.7, "#bbbbbb"), ("latents", 0.5, 0.06, "#888888"), ("dit", 0, 0.7, colour), ("vae", 1, 0.7, colour)):
                     if stage in c.marks:
                         began, ended = (1e3 * (t - zero) for t in c.marks[stage])
-                        ax.barh(y, ended - began, left=began, height=height, color=colour)
-                        if stage in ("dit", "vae"):
+                        ax.barh(y, ended - began, left=began, height=height, color=colour, alpha=1 if told else 0.25)
+                        if told and stage in ("dit", "vae"):
                             ax.text((began + ended) / 2, y, c.index, ha="center", va="center", color="white", fontsize=7)
             ax.set(title=name, yticks=(0, 1), yticklabels=("DiT", "VAE"), ylim=(1.6, -0.6))
-        axes[-1, 0].set(xlabel="milliseconds")
+        ends = [1e3 * (chunks[first:first + n][-1].marks["vae"][1] - chunks[first].marks["dit"][0]) for chunks in runs.values()]
+        axes[-1, 0].set(xlabel="milliseconds", xlim=(-0.05 * max(ends), 1.05 * max(ends)))
 
 
 # The DiT alone

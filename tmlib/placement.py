@@ -141,9 +141,6 @@ def decoded(chunks, vae, save: bool = False, past=None):
             yield chunk
 
 
-LOADING = "close what else uses that memory, or give another device or smaller models"
-
-
 @contextmanager
 def clearly(doing: str, mend: str = "take a smaller picture or chunk, or another placement; all frames delivered before are valid"):
     """No memory left -> UserError that says what could not be done, and what may mend it."""

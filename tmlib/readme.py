@@ -11,16 +11,17 @@ from .config import UserError, cli, load_json
 from .figures import shown
 from .report import measured
 
-RUN = ("lip_r", "frechet", "ssim", "seam_ratio", "stream_identity")           # of an ablation
+RUN = ("lip_r", "frechet", "ssim", "motion_ratio", "seam_ratio", "stream_identity")           # of an ablation
 
 
 def cells(row: dict) -> tuple[str, str, str]:
     """A claim of claims.json -> measured, bar, verdict."""
     if row["value"] is None:
         return "–", "", f"not measured: {row['reason']}"
+    reason = f": {row['reason']}" if row["holds"] is None else ""
     value, *ends = measured(row)
     interval = " ({} to {})".format(*ends) if ends else ""
-    return f"{row['why'].partition(';')[0]}: {value}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row)
+    return f"{row['why'].partition(';')[0]}: {value}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row) + reason
 
 
 def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
@@ -29,7 +30,7 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
         held = [row["holds"] for row in rows]
         narrowly = sum(row["holds"] is True and row["clear"] is False for row in rows)
         counted = lambda verdict, word: f"{held.count(verdict)} {word}{'s' if held.count(verdict) == 1 else ''}"
-        return f"{counted(True, 'hold')}{f' ({narrowly} narrowly)' if narrowly else ''}, {counted(False, 'fail')}, {held.count(None)} could not be measured"
+        return f"{counted(True, 'hold')}{f' ({narrowly} narrowly)' if narrowly else ''}, {counted(False, 'fail')}, {held.count(None)} could not be judged"
 
     papers, more = ([row for name, row in claims.items() if name.startswith("N") == ours] for ours in (False, True))
     line = f"Of the paper's {len(papers)} claims {count(papers)}; of {len(more)} more, {count(more)}."

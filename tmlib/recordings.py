@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         r, without = check()
         print("\n".join(f"left out: {why}" for why in without))
-        print("mouth opening from an alignment, against the true one: r {:.3f} ({:.3f} to {:.3f}),".format(*metrics.bootstrap(r)), f"{len(r)} sentences of the natural voice")
+        print("mouth opening from an alignment, against the true one: r {:.3f} ({:.3f} to {:.3f}),".format(*metrics.average(r)), f"{len(r)} sentences of the natural voice")
         return 0
     if not args.file or not args.text or not all("=" in word for word in args.word):
         parser.error("give a recording and its words, or --check; --word as WORD=SOUNDS")

@@ -178,9 +178,8 @@ def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> di
     rows, quiet, frames = sum(each, []), np.concatenate(quiet), sum(len(call.frames) for call in calls)
     numbers = {"turns": min(sum(bool(x["lines"]) for x in some) for some in each), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": frames / FPS,
                "late": sum(late(call) for call in calls) / frames, "listening_opening_mean": float(quiet.mean()) if len(quiet) else None}
-    stretches = [some[k:k + MEMORY] for some in each for k in range(0, len(some), MEMORY)]           # neighbours share a memory
-    right, asked = (np.array([sum(count(x) for x in some) for some in stretches], float) for count in (lambda x: x["right"], lambda x: 1))
-    numbers |= metrics.named("right_live", metrics.bootstrap_ratio(right, asked)) | (metrics.interval("lip_r", np.array(r)) if r else {})
+    stretch = [f"{k} {n // MEMORY}" for k, some in enumerate(each) for n in range(len(some))]         # neighbours share a memory
+    numbers |= metrics.interval("right_live", np.array([x["right"] for x in rows]), stretch) | (metrics.interval("lip_r", np.array(r)) if r else {})
     for name in ("reply_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}

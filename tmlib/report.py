@@ -63,12 +63,11 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-QUALITY = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D",
-           "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
-           "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
-           "border_ratio": "border ratio", "seam_ratio": "seam ratio", "psnr_db": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet",
-           "stream_lip_r": "lip r in a stream", "stream_identity": "identity at its end"}
-ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio"}
+LIPS = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D", "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
+        "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "stream_lip_r": "lip r in a stream"}
+PICTURES = {"name": "", "frechet": "Fréchet", "ssim": "SSIM", "psnr_db": "PSNR, dB", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
+            "border_ratio": "border ratio", "seam_ratio": "seam ratio", "stream_identity": "identity, end of a stream"}
+ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio", "motion_ratio": "motion"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
           "frames_ms_p50": "frames sent, ms", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
@@ -76,16 +75,17 @@ FULL = {"setting": "chunk x steps", "device": "device", "form": "form", "fps": "
         "ms_p50": "DiT chunk p50, ms", "tflops": "TFLOP/s", "mfu": "MFU", "first_frames_ms": "first frames, ms", "peak_gb": "GB", "error": "error",
         "date": "date", "commit": "commit", "torch": "torch"}
 DRIFT = {"chunk": "chunk", "drift_color": "colour, Lab", "drift_sharpness": "sharpness", "drift_identity": "identity"}
-CLOSE = {"name": "", "closures": "p, b, m closed", "closures_by_chance": "by chance", "r_opening": "r of opening", "r_width": "width", "r_rounding": "rounding",
+CLOSE = {"name": "", "closures": "p, b, m closed", "closures_by_chance": "by chance", "closures_nearly": "nearly closed", "r_opening": "r of opening", "r_width": "width", "r_rounding": "rounding",
          "eyes_recall": "blinks met", "eyes_precision": "moves that are blinks", "eyes_precision_by_chance": "by chance", "takes_apart": "two takes apart, grey levels", "frechet": "Fréchet"}
 WORDS = {                                             # below a table, for its columns
-    "quality": "Lip r with the 95 % interval, and of each style apart. Natural voice: lip r of clips that a neural voice speaks. Shuffled: lip r against other clips' speech, which should be 0. Offset: by how many frames the lips must be "
-               "shifted to fit best. Width r: as lip r, of the mouth's width. Opening, listening: of the mouth, from 0 to 1, in clips in which nobody speaks. Motion: change of the picture from frame to frame, over real clips'. Eyes' moves: "
-               "blinks and quick glances; eyes' r: correlation of the eyes' change with the true clip's. PSNR, SSIM: likeness to the true clip, frame by frame. The last two are of streams of 45 seconds: lip r, and the "
-               "distance of the face's features from the picture's in the last 15. Rows that end in \"valid\" are of validation clips, whose voices are easier, and of a teacher without the picture's help: compare them with one another.",
-    "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. What `again` shows is chance, since it is `control` with other noise.",
+    "lips": "Lip r with the 95 % interval, and of each style apart. Natural voice: lip r of clips that a neural voice speaks. Shuffled: lip r against other clips' speech, which should be 0. Offset: by how many frames the lips must be "
+            "shifted to fit best. Width r: as lip r, of the mouth's width. Opening, listening: of the mouth, from 0 to 1, in clips in which nobody speaks. In a stream: of 45 seconds. "
+            "Rows that end in \"valid\" are of validation clips, whose voices are easier, and of a teacher without the picture's help: compare them with one another.",
+    "pictures": "Fréchet: distance from real clips. PSNR, SSIM: likeness to the true clip, frame by frame. Motion: change of the picture from frame to frame, over real clips'. Eyes' moves: "
+                "blinks and quick glances; eyes' r: correlation of the eyes' change with the true clip's. Identity: distance of the face's features from the picture's in the last 15 of 45 seconds of stream. Rows as in the table of lips.",
+    "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. Motion: of the first, over real clips'. What `again` shows is chance, since it is `control` with other noise.",
     "drift": "Three streams together, over up to ten chunks around this one: distance of the mean colour from the picture's, sharpness over the picture's, distance of the face's features from the picture's.",
-    "close_look": "Shares of the closures for p, b and m that are there; correlations of three numbers of the mouth with the true ones; of the true eyes' quick moves the share that is met, and of the made ones the share that meets a true one; "
+    "close_look": "Shares of the closures for p, b and m that are there (opening below 0.05), that are there by chance, and that nearly are (below 0.15); correlations of three numbers of the mouth with the true ones; of the true eyes' quick moves the share that is met, and of the made ones the share that meets a true one; "
                   "mean difference of two takes of the same clip; Fréchet distance from real clips, and as yardsticks those of spoiled real clips.",
     "latency_matrix": "serial: DiT and decoder take turns on one core. overlap: two threads that share it. two_device: two threads of one process on two cores. two_process: two processes on two cores. Stages that run side by side slow one another down, so only serial's add up.",
 }
@@ -100,7 +100,7 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
     stream = metrics.get("streaming", {})
     drift = [{"chunk": n} | {key: stream.get(f"{key}_{n}") for key in DRIFT if key != "chunk"} for n in (1, 10, 100, 1000)]
     times = [{"name": key, "value": v} for key, v in metrics.get("latency", {}).items()]
-    made = {"claims": (judged, CLAIM), "quality": (quality, QUALITY), "ablations": runs.repeated(compared(metrics), others, ABLATIONS), "drift": (drift if stream else [], DRIFT), "close_look": (closer(metrics.get("close_look", {})), CLOSE),
+    made = {"claims": (judged, CLAIM), "lips": (quality, LIPS), "pictures": (quality, PICTURES), "ablations": runs.repeated(compared(metrics), others, ABLATIONS), "drift": (drift if stream else [], DRIFT), "close_look": (closer(metrics.get("close_look", {})), CLOSE),
             "latency": (times, {"name": "", "value": "local run"}),
             "latency_matrix": ([row | paired("fps", row["fps_each"], np.ones(len(row["fps_each"]))) for row in metrics.get("latency_matrix", {}).get("rows", [])], MATRIX),
             "full_size": (metrics.get("full_size", {}).get("rows", []), FULL), "other_runs": runs.side_by_side(verdicts, others)}
@@ -121,19 +121,19 @@ def closer(numbers: dict) -> list[dict]:
     """Whoever notebook 62 looked at, a row each."""
     part = lambda who: {k.removeprefix(f"{who}_"): v for k, v in numbers.items() if k.startswith(f"{who}_")}
     names = {"codec": "the codec's copies", "teacher": "teacher", "undistilled": "the teacher's weights in two steps", "student": "student",
-             "tinted": "real clips, with eight levels more of red", "blurred": "real clips, blurred over three pixels", "still": "their first pictures, still"}
+             "linear_ear": "a straight line from the sound", "tinted": "real clips, with eight levels more of red", "blurred": "real clips, blurred over three pixels", "still": "their first pictures, still"}
     return [part(who) | {"name": name} for who, name in names.items() if part(who)]
 
 
 def by_voices(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the table of quality that have lip r: of test clips, and of validation clips."""
+    """Rows of the table of lips that have lip r: of test clips, and of validation clips."""
     rows = [row for row in rows if row.get("lip_r") is not None]
     valid = [row | {"name": row["name"].removesuffix(VALID)} for row in rows if row["name"].endswith(VALID)]
     return {"test clips": [row for row in rows if not row["name"].endswith(VALID)], "validation clips, whose voices are easier": valid}
 
 
 def yardsticks(readers: dict) -> list[dict]:
-    """What real clips would have in the table of quality, and what is left of it when the codec has copied them: no generator does better."""
+    """What real clips would have in the tables of lips and pictures, and what is left of it when the codec has copied them: no generator does better."""
     copies = {key.removeprefix("codec_"): value for key, value in readers.items() if key.startswith("codec_")}
     real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio", "eye_moves_per_s")}
     return [{"name": "real clips"} | real, {"name": "the codec's copies"} | copies] if "frechet" in copies else []
@@ -141,10 +141,13 @@ def yardsticks(readers: dict) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------------------------- page
 def beside(values: list, bar) -> list[str]:
-    """A value and the ends of its interval as they stand beside their bar, all with as many digits: three, or more where one would look like the bar and is not."""
+    """A value and the ends of its interval as they stand beside their bar, all with as many digits: three, or more where one would look like the bar and is not,
+    or (up to five) the ends like the value."""
     say = lambda value, digits: shown(value) if digits == 3 or not isinstance(value, float) else f"{value:#.{digits}g}"
     alike = lambda value, digits: isinstance(value, float) and value != bar and say(value, digits) == say(float(bar), digits)
     digits = next(n for n in range(3, 18) if bar is None or not any(alike(value, n) for value in values))
+    told = lambda n: len({say(value, n) for value in values}) == len(set(values))
+    digits = max(digits, next((n for n in (3, 4, 5) if told(n)), 3))
     return [say(value, digits) for value in values]
 
 
@@ -164,8 +167,8 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
     config.save_json(reports / "claims.json", verdicts)
     filled = tables(metrics, verdicts, runs.load(root / "data" / "runs", but=[m.get("scale") for m in metrics.values()]))
     grids = {name: write_table(reports / "tables", name, *table) for name, table in filled.items()}
-    if "quality" in filled:
-        intervals(by_voices(filled["quality"][0]), "lip_r", reports / "figures" / "lip_r_of_every_run.png")
+    if "lips" in filled:
+        intervals(by_voices(filled["lips"][0]), "lip_r", reports / "figures" / "lip_r_of_every_run.png")
     differences(*filled.get("ablations", ([], ABLATIONS)), reports / "figures" / "ablations.png")
     for name, template in (("index.html", "report_template.html"), ("README.md", "report_template.md")):
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
@@ -178,7 +181,7 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
     """What each ablation gains over its like, a panel for each number of ABLATIONS: dots and intervals of this run, and in other colours those of others (`runs.repeated`).
     Grey is what chance alone did (`again`). A run with a single ablation has empty panels."""
     each = ["", *dict.fromkeys(key.removesuffix(kind) for key in headings for kind in BETTER if key.endswith(f"_{kind}"))]
-    with figure(path, 1, len(BETTER), size=(8.5, 0.34 * len(rows) + 1.2), sharey=True) as (fig, axes):
+    with figure(path, 1, len(BETTER), size=(8.5, 0.34 * len(rows) + 1.4), sharey=True) as (fig, axes):
         for ax, (kind, better) in zip(axes, BETTER.items()):
             found = [(y + 0.22 * n, n, row, run + kind) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
             ends = [(row["name"], row[f"{key}{end}"]) for *_, row, key in found for end in ("", "_lo", "_hi") if row.get(f"{key}{end}") is not None]
@@ -189,7 +192,7 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
             ax.axvline(kind == "frechet_ratio", color="#999999", linewidth=1)
             for y, n, row, key in found:
                 dot(ax, y, row, key, f"C{n}")
-            ax.set(title=f"{ABLATIONS[kind]} ({better})")
+            ax.set(title=f"{ABLATIONS[kind]}\n({better}; stretched scale)")
         axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']}, against {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
         for n, run in enumerate(each):
             axes[0].plot([], [], "o", markersize=4, color=f"C{n}", label=run.strip("_").replace("_", " ") or "this run")
@@ -206,8 +209,9 @@ def stretch(ax, values: list[float], ratio: bool) -> None:
     else:
         middle, most = 10.0 ** np.ceil(np.log10(np.median(np.abs(values)) + 1e-9)), 1.2 * max(np.abs(values)) + 1e-9
         ax.set_xscale("symlog", linthresh=middle)
-        ticks, limits = [-10 * middle, -middle, 0, middle, 10 * middle], (-most, most)
+        ticks, limits = [sign * n * middle for sign, n in ((-1, 10), (-1, 3), (-1, 1), (0, 1), (1, 1), (1, 3), (1, 10))], (-most, most)
     ax.set_xticks(ticks)
+    ax.tick_params("x", rotation=60)
     ax.set_xlim(limits)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()

@@ -9,29 +9,32 @@ from . import metrics
 from .drift import OPEN, SPEAKS
 
 LIPS = "pbm"                                     # sounds for which lips must meet
+SHUT = OPEN / 3                                  # and have met, where the opening is below it
 NEAR, REACH = 1, 4                               # frames by which a closure may be early or late; in which a mouth must be open for it to close
 
 
 def closures(opening: np.ndarray, clips, rows: Iterable[int]) -> dict:
-    """How many of the closures for p, b and m are there: {closures, _lo, _hi, closures_by_chance, closures_n}; opening (n, T) of clips[rows], as the lip reader sees it.
+    """How many of the closures for p, b and m are there: {closures, _lo, _hi, closures_by_chance, closures_nearly, closures_n}; opening (n, T) of clips[rows], as the lip reader sees it.
 
-    A closure counts where the true mouth is shut in the middle of the sound, and open shortly before or after. It is there if the mouth is below OPEN within
-    a frame of it, and above SPEAKS shortly before or after; by chance: if another clip's is, at the same frame. Intervals resample voices. Real clips have no phones: None, with the reason.
+    A closure counts where the true mouth is below SHUT in the middle of the sound, and open shortly before or after. It is there if the mouth too is below SHUT within
+    a frame of it, and above SPEAKS shortly before or after; nearly: if it is below OPEN; by chance: if another clip's mouth is below SHUT, at the same frame. Intervals are over voices. Real clips have no phones: None, with the reason.
     """
-    made, chance, voices = [], [], []
+    made, nearly, chance, voices = [], [], [], []
     for k, i in enumerate(rows):
         truth, fps = clips.truth[i, :, 0], clips.meta[i]["fps"]
         for phone in (x for x in clips.phones(i) if x.symbol in LIPS):
             at = round((phone.start + phone.end) / 2 * fps)
-            if not REACH <= at < len(truth) - REACH or truth[at - NEAR:at + NEAR + 1].min() > OPEN / 3 or truth[at - REACH:at + REACH + 1].max() < SPEAKS:
+            if not REACH <= at < len(truth) - REACH or truth[at - NEAR:at + NEAR + 1].min() > SHUT or truth[at - REACH:at + REACH + 1].max() < SPEAKS:
                 continue
-            there = (opening[:, at - NEAR:at + NEAR + 1].min(1) < OPEN) & (opening[:, at - REACH:at + REACH + 1].max(1) > SPEAKS)      # (n,)
+            least, opens = opening[:, at - NEAR:at + NEAR + 1].min(1), opening[:, at - REACH:at + REACH + 1].max(1) > SPEAKS           # (n,) each
+            there = (least < SHUT) & opens
             made.append(there[k])
+            nearly.append(least[k] < OPEN and opens[k])
             chance.append(np.delete(there, k).mean())
             voices.append(clips.meta[i]["voice"])
     if not made:
         return {"closures": None, "closures_reason": "no p, b or m is known in these clips"}
-    return metrics.interval("closures", np.array(made, float), voices) | {"closures_by_chance": float(np.mean(chance)), "closures_n": len(made)}
+    return metrics.interval("closures", np.array(made), voices) | {"closures_by_chance": float(np.mean(chance)), "closures_nearly": float(np.mean(nearly)), "closures_n": len(made)}
 
 
 def blinks(change: np.ndarray, truth: np.ndarray, late: int = 3) -> dict[str, float]:

@@ -97,7 +97,7 @@ def load_models(folder: Path, device: str = "cpu", speed: str | None = None) -> 
     from . import readers
     from .conditions import load_conditions
     from .dit import WanDiT
-    from .placement import LOADING, clearly
+    from .placement import clearly
     from .wan_vae import load_codec
     from .wav2vec import load_speech
     folder = Path(folder)
@@ -108,7 +108,7 @@ def load_models(folder: Path, device: str = "cpu", speed: str | None = None) -> 
         raise UserError(f"--fast {speed}: is for a GPU; leave it out on a CPU")
     if speed == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         raise UserError(f"--fast fp8: {torch.cuda.get_device_name()} does not multiply in 8 bit; give --fast bf16")
-    with clearly(f"loading the models of {folder}", LOADING):
+    with clearly(f"loading the models of {folder}", "close what else uses that memory, or give another device or smaller models"):
         dit = WanDiT.from_pretrained(folder / "student", torch.float32 if device == "cpu" else torch.bfloat16, device).eval().requires_grad_(False)
         vae, how = load_codec(folder, device, torch.bfloat16 if speed else torch.float32), config.load_json(folder / "student" / "stream.json")
         made = Models(dit, vae, load_speech(folder).to(device), lips, face, load_conditions(folder, device=device), how)

@@ -214,8 +214,8 @@ def serve(vae, pipe, folder, device, nccl, threads):
         while True:
             save, blocking, past = pipe.recv()
             arriving = arrived(pipe, group, device if nccl else torch.device("cpu"))
-            arriving = arriving if blocking else ahead(arriving, 1, device)
-            for chunk in ahead(decoded(arriving, vae, save, unpacked(past, device)), 1, device):
+            arriving = arriving if blocking else ahead(arriving, 1, device, "receive")
+            for chunk in ahead(decoded(arriving, vae, save, unpacked(past, device)), 1, device, "vae"):
                 give_back(pipe, chunk)
             pipe.send(None)                                  # all of this stream
     except (EOFError, OSError):

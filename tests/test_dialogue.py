@@ -250,6 +250,9 @@ def test_a_link_leads_to_the_public_model(tmp_path, monkeypatch, encoder):
     hub.link(tmp_path / "dialogue.safetensors", "some/model", turns=3)
     monkeypatch.setattr(audio_llm, "load", lambda *a, **k: (a, k))
     assert dialogue.load_partner(tmp_path, encoder, "voice") == (("some/model", "voice"), {"turns": 3, "device": None})
+    assert dialogue.load_partner(tmp_path, encoder, "voice", "cuda:1")[1]["device"] == "cuda:1"
+    hub.link(tmp_path / "dialogue.safetensors", "some/model", device="cuda:3")               # a link that names one is obeyed
+    assert dialogue.load_partner(tmp_path, encoder, "voice", "cuda:1")[1]["device"] == "cuda:3"
 
 
 def test_the_bank_holds_every_question_by_several_voices(encoder, book, monkeypatch):

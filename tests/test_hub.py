@@ -108,11 +108,14 @@ def test_fingerprints_tell_models_apart(tmp_path, monkeypatch):
     assert hub.fingerprint(c) != same
 
 
-def test_a_link_says_where_a_part_lies(tmp_path):
+def test_a_link_says_where_a_part_lies(tmp_path, monkeypatch):
     path = tmp_path / "models" / "vae.safetensors"
     assert hub.linked(path) is None
     hub.link(path, tmp_path, layers=(1, -1), group=3)
     assert hub.linked(path) == {"source": str(tmp_path), "layers": [1, -1], "group": 3} and path.stat().st_size < 1000
+    monkeypatch.chdir(tmp_path.parent)
+    hub.link(path, tmp_path.name)                                             # found from anywhere
+    assert hub.linked(path) == {"source": str(tmp_path.resolve())}
     hub.link(path, "Wan-AI/Some", {"w": torch.ones(2)})                       # beside weights of its own
     assert hub.linked(path) == {"source": "Wan-AI/Some"} and load_file(path)["w"].sum() == 2
     save_file({"w": torch.zeros(2)}, path)

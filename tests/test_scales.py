@@ -94,6 +94,16 @@ def test_overlay_goes_over_merged_sections(root):
     assert config.load("a").n == 5 and (config.load("b").n, config.load("b").m) == (1, 2)
 
 
+def test_folders_are_those_of_the_tree(tree):
+    """The mirror lies two folders deeper."""
+    (tree / "videos").mkdir()
+    text = PARAMS.replace("  steps: 100\n", "  steps: 100\n  folder: videos\n  pretrained: Wan-AI/Some\n")
+    (tree / "params.yaml").write_text(text)
+    scales.mirror("smoke", tree)
+    teacher = config.read_params(tree / ".scales" / "smoke")["teacher"]
+    assert teacher["folder"] == str((tree / "videos").resolve()) and teacher["pretrained"] == "Wan-AI/Some"      # a hub id is none
+
+
 def test_command_line(python, tree):
     done = python("-m", "tmlib.scales", "smoke", TM_ROOT=tree)
     assert done.returncode == 0 and done.stdout.strip() == str(tree / ".scales" / "smoke")

@@ -128,6 +128,8 @@ def test_pairs_are_the_teachers_solutions(dit, latents, tmp_path):
         torch.testing.assert_close(pairs["target"][i:i + 1], alone, atol=1e-5, rtol=0)
     for where in (kept, path):
         assert all(torch.equal(v, pairs[k]) for k, v in distill.load_pairs(where).items())
+    other = distill.solve(dit, latents, distillation(pairs=6, batch=4, seed=1), tmp_path / "other")
+    assert not set(other["seed"].tolist()) & set(pairs["seed"].tolist())     # another run's noises are others
     path.unlink()
     again = distill.solve(None, latents, p, kept, path)                  # after a kill: no teacher is asked
     assert all(torch.equal(v, pairs[k]) for k, v in again.items()) and path.exists()

@@ -103,7 +103,7 @@ def test_missing_or_broken_latents_are_told(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-P = SimpleNamespace(condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5)
+P = SimpleNamespace(seed=0, condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5)
 
 
 class FakeClips:
@@ -168,21 +168,23 @@ def test_encode_split_by_hand(tmp_path):
 
 
 def test_clips_may_be_heard_otherwise(tmp_path):
-    """In noise: the same each time, another in each batch, and nothing but their sound changes."""
+    """In noise: the same each time, another in each batch and from another seed, and nothing but their sound changes."""
     clips = FakeClips()
     heard = SimpleNamespace(tokens=lambda wave, first, count: wave[:3].expand(count, 2, 3))
     face = SimpleNamespace(tokens=lambda image: image.flatten(2).mT[:, :5], prompt=latents.prompt)
 
-    def store(name, hear=None):
-        latents.encode_split(clips, SimpleNamespace(encode=pooled, cost=COST), heard, face, P, tmp_path / name, hear)
+    def store(name, hear=None, seed=0):
+        p = SimpleNamespace(**{**vars(P), "seed": seed})
+        latents.encode_split(clips, SimpleNamespace(encode=pooled, cost=COST), heard, face, p, tmp_path / name, hear)
         return Latents(tmp_path / name).store
 
     which = []
     noise = lambda waves, index, g: which.extend(index) or waves + torch.rand(len(waves), 1, generator=g)
-    clean, noisy, again = store("a"), store("b", noise), store("c", noise)
+    clean, noisy, again, other = store("a"), store("b", noise), store("c", noise), store("d", noise, seed=1)
     added = (noisy["audio"] - clean["audio"])[:, 0, 0, 0]
     assert torch.equal(noisy["audio"], again["audio"]) and (added > 0).all() and len(added.round(decimals=4).unique()) == FakeClips.n
-    assert all(torch.equal(clean[k], noisy[k]) for k in clean if k != "audio") and which == 2 * list(range(FakeClips.n))
+    assert all(torch.equal(clean[k], noisy[k]) for k in clean if k != "audio") and which == 3 * list(range(FakeClips.n))
+    assert not any(torch.equal(a, b) for a, b in zip(noisy["audio"], other["audio"]))
 
 
 def test_the_file_is_the_one_that_safetensors_writes(tmp_path):

@@ -41,7 +41,7 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) ->
         return load_pairs(kept)
     g = torch.Generator().manual_seed(p.seed)
     index = torch.randperm(len(latents), generator=g).repeat(1 + p.pairs // len(latents))[:p.pairs]
-    seed = torch.arange(p.pairs) + 1_000_000
+    seed = torch.arange(p.pairs) + 1_000_000 * (1 + p.seed)
     progress, target = Progress(p.pairs, "teacher solutions"), []
     for k, some in enumerate(torch.arange(p.pairs).split(ranks.WORLD * p.at_once if p.at_once else p.batch)):
         part = Path(kept).with_name(f"{Path(kept).stem}-{k}.safetensors")

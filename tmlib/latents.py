@@ -80,8 +80,8 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path, hear=Non
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
-    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight.
-    hear: (waves (n, samples), which clips they are of, generator) -> what is heard of them, for training in noise; None: all as it is.
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight, and seed,
+    for hear: (waves (n, samples), which clips they are of, generator) -> what is heard of them, for training in noise; None: all as it is.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
     """
@@ -122,7 +122,7 @@ def encode(clips: Clips, index: range, vae, encoder, conditions, p, hear=None) -
     touched = lambda boxes, cells: torch.from_numpy(per_latent(box_map(boxes[some], size, cells)))
     waves = torch.stack([torch.as_tensor(clips.wave(i)) for i in index])                       # (n, samples)
     if hear is not None:
-        waves = hear(waves, index, torch.Generator().manual_seed(index.start))
+        waves = hear(waves, index, torch.Generator().manual_seed(index.start + 1_000_000 * p.seed))
     mouth, eyes = p.mouth_weight * touched(clips.mouth, z.shape[-1]), p.eye_weight * touched(eye_box(clips.face), z.shape[-1])     # (n, F, h, w)
     each = vae.cost.cpu().view(-1, 1, 1, 1) ** p.picture_weight                                # (16, 1, 1, 1)
     return {"z": z, "cond": i2v_condition(vae, video[:, :, :1], n_latent, p.condition).cpu(),

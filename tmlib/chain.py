@@ -50,25 +50,21 @@ class Chain:
     """An endless autoregressive chain: `next` makes the following chunk from its own past.
 
     cond: (B, 20, F, H, W), see `chunk_condition`; (B, 0, F, H, W) for a model without image channels.
-    ts: falling times of the denoising steps. first_ts: times for chunk 0 only, which must contain those of ts.
+    ts: falling times of the denoising steps.
     cache: where the context of a denoising step comes from:
         "per_step"    the previous chunk at the same step; no extra pass (the paper's figure);
         "next_step"   the previous chunk one step further, so less noisy (the last step: at the same); no extra pass;
-        "clean_pass"  the finished previous chunk, written by one more forward pass at time `context_noise` (Self-Forcing).
+        "clean_pass"  the finished previous chunk, written by one more forward pass at time 0 (Self-Forcing).
     """
 
-    def __init__(self, dit, cond, ts, *, chunk=None, cache="per_step", guidance=1.0, renoise="sde", context_noise=0.0,
-                 first_ts=None):
+    def __init__(self, dit, cond, ts, *, chunk=None, cache="per_step", guidance=1.0):
         if cache not in CACHES:
             raise UserError(f"cache {cache!r} is unknown; choose one of {', '.join(CACHES)}")
-        if first_ts is not None and not set(ts) <= set(first_ts):
-            raise UserError(f"the first chunk's times {first_ts} must contain the later chunks' times {ts}")
-        self.dit, self.cond, self.ts, self.first_ts = dit, cond, list(ts), list(first_ts or ts)
-        self.chunk, self.guidance, self.renoise, self.context_noise = chunk or bare(dit).chunk, guidance, renoise, context_noise
-        self.mode, self.index = cache, 0
+        self.dit, self.cond, self.ts = dit, cond, list(ts)
+        self.chunk, self.guidance, self.mode, self.index = chunk or bare(dit).chunk, guidance, cache, 0
         self.batch = cond.shape[0] * (1 if guidance == 1 else 2)
         self.caches = self.new_caches()
-        self.times = {t: torch.full((self.batch,), float(t), device=cond.device) for t in {*self.first_ts, *self.ts, context_noise}}
+        self.times = {t: torch.full((self.batch,), float(t), device=cond.device) for t in {*self.ts, 0.0}}
         self.guided = {}                                     # name -> (source, doubled), so that memos see the same tensors
 
     def new_caches(self):
@@ -91,30 +87,25 @@ class Chain:
         noise: step -> eps (B, 16, chunk, H, W); audio (B, chunk, tokens, D) and audio_mask are of this chunk alone.
         grad: see flow.few_step; context is always constant to gradients.
         """
-        ts = self.ts if self.index else self.first_ts
-        grad = None if grad is None else ts.index(self.ts[grad])
         cond = chunk_condition(self.cond, self.index, self.chunk)
         conditions = self.conditions(text=text, image=image, audio=audio, audio_mask=audio_mask)
-        velocity = lambda i, x_t: self.velocity(x_t, ts[i], cond, conditions)
-        x_0 = flow.few_step(velocity, noise, ts, self.renoise, grad, run_on=self.mode == "next_step")
+        velocity = lambda i, x_t: self.velocity(x_t, self.ts[i], cond, conditions)
+        x_0 = flow.few_step(velocity, noise, self.ts, grad, run_on=self.mode == "next_step")
         if self.mode == "clean_pass":
-            self.write_clean(x_0.detach(), noise, len(ts), cond, conditions)
+            self.write_clean(x_0.detach(), cond, conditions)
         self.index += 1
         return x_0
 
     def velocity(self, x_t, t, cond, conditions):
-        cache, writes_to = self.caches.get(t, (None, None))  # a step of the first chunk alone needs no context, leaves none
-        if cache is not None:
-            cache.writes_to = writes_to
+        cache, writes_to = self.caches[t]
+        cache.writes_to = writes_to
         return predict(self.dit, x_t, cond, self.times[t], conditions, self.guidance, cache=cache)
 
     @torch.no_grad()
-    def write_clean(self, x_0, noise, step, cond, conditions):
-        t = self.context_noise
-        x_t = flow.add_noise(x_0, noise(step), t) if t > 0 else x_0
+    def write_clean(self, x_0, cond, conditions):
         clean = self.caches[self.ts[0]][0]
         clean.writes_to = clean
-        predict(self.dit, x_t, cond, self.times[t], conditions, self.guidance, cache=clean)
+        predict(self.dit, x_0, cond, self.times[0.0], conditions, self.guidance, cache=clean)
 
     def conditions(self, **given):
         if self.guidance == 1:
@@ -146,11 +137,10 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
     """Latents (B, 16, chunks * chunk, H, W) made chunk by chunk, each from chunk 0 and the one before it; chunks: as cond has.
 
     cond (B, 20, F, H, W), text, image: as in `Chain` and WanDiT.forward; audio (B, frames, tokens, D), audio_mask (B, frames, h, w)
-    noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`;
-    clean_pass with context_noise takes one step more.
+    noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`
     grad: index of the denoising step that keeps its gradient and whose x_0 is taken, the same in every chunk
     (Self-Forcing, Algorithm 1); None: no gradient at all.
-    chain: chunk, cache, guidance, renoise, context_noise, first_ts of `Chain`.
+    chain: chunk, cache, guidance of `Chain`.
     """
     state = Chain(dit, cond, timesteps, **chain)
     draw = noise_maker((cond.shape[0], 16, *cond.shape[-2:]), noise, generator, cond.device)
@@ -163,8 +153,7 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
     return torch.cat(out, dim=2)
 
 
-def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=None, guidance=1.0, renoise="sde", grad=None,
-         **conditions):
+def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=None, guidance=1.0, grad=None, **conditions):
     """Few-step latents (B, 16, F, H, W) of a whole sequence at once, under a mask, all chunks sharing each step's time.
 
     The layout of the paper's training figure. Arguments as in `rollout`; conditions: text, image, audio, audio_mask.
@@ -174,4 +163,4 @@ def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=No
     conditions = conditions if guidance == 1 else with_null_audio(conditions)
     times = [torch.full((B if guidance == 1 else 2 * B,), float(t), device=cond.device) for t in timesteps]
     velocity = lambda i, x_t: predict(dit, x_t, cond, times[i], conditions, guidance, mask=mask)
-    return flow.few_step(velocity, eps, timesteps, renoise, grad)
+    return flow.few_step(velocity, eps, timesteps, grad)

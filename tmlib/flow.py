@@ -120,30 +120,25 @@ def euler_step(x_t, v, t, t_next):
     return x_t + (like(t_next, x_t) - like(t, x_t)) * v
 
 
-def sample(model_fn, noise, ts, callback=None):
+def sample(model_fn, noise, ts):
     """Euler sampling (Wan's flow prediction): noise at ts[0] -> x_0. For many steps, the teacher's way.
 
-    model_fn: (x_t, t (B,)) -> v. ts: falling times without 0. callback: (i, x_t after step i) -> None.
+    model_fn: (x_t, t (B,)) -> v. ts: falling times without 0.
     """
     x_t = noise
-    for i, (t, t_next) in enumerate(zip(ts, [*ts[1:], 0.0])):
+    for t, t_next in zip(ts, [*ts[1:], 0.0]):
         v = model_fn(x_t, torch.full((x_t.shape[0],), t, device=x_t.device))
         x_t = euler_step(x_t, v, t, t_next)
-        if callback is not None:
-            callback(i, x_t)
     return x_t
 
 
-def few_step(model_fn, noise_fn, ts, renoise="sde", grad=None, run_on=False):
+def few_step(model_fn, noise_fn, ts, grad=None, run_on=False):
     """Few-step sampling of a distilled student (DMD2, section 4.4): predict x_0, noise it again to the next time.
 
-    model_fn: (i, x_t) -> v at time ts[i]. noise_fn: i -> eps for step i; eps of step 0 is the starting point.
-    renoise: "sde" noises x_0 with fresh eps of the step; "ode" takes the Euler step instead.
+    model_fn: (i, x_t) -> v at time ts[i]. noise_fn: i -> fresh eps for step i; eps of step 0 is the starting point.
     grad: index of the one step that keeps its gradient, whose x_0 is returned: sampling ends there, as in Self-Forcing's
     Algorithm 1, or with run_on takes its other steps too, for what model_fn leaves behind. None: no gradient anywhere.
     """
-    if renoise not in ("sde", "ode"):
-        raise ValueError(f'renoise must be "sde" or "ode", got {renoise!r}')
     tracked, last = torch.is_grad_enabled(), len(ts) - 1 if grad is None else grad
     x_t = noise_fn(0)
     for i, t in enumerate(ts if run_on else ts[: last + 1]):
@@ -154,5 +149,5 @@ def few_step(model_fn, noise_fn, ts, renoise="sde", grad=None, run_on=False):
             result = x_0
         if i + 1 < len(ts):
             with torch.no_grad():
-                x_t = add_noise(x_0, noise_fn(i + 1), ts[i + 1]) if renoise == "sde" else euler_step(x_t, v, t, ts[i + 1])
+                x_t = add_noise(x_0, noise_fn(i + 1), ts[i + 1])
     return result

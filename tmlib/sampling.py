@@ -43,7 +43,7 @@ def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance
 @torch.no_grad()
 def student(dit, batch: Batch, seeds, p) -> Tensor:
     """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
-    noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]).to(dit.device) for i in range(p.steps + 1)]
+    noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]).to(dit.device) for i in range(p.steps)]
     batch = batch.to(dit.device)
     with at_speed(dit):
         return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,

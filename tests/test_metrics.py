@@ -102,6 +102,15 @@ def test_frame_difference(rng):
     np.testing.assert_allclose(metrics.frame_difference(video), by_hand)
 
 
+def test_flicker_is_no_motion(rng):
+    video = film(rng)
+    by_hand = [np.mean([np.abs(v[t + 4].astype(float) - v[t]).mean() for t in range(1, 17)]) for v in video]
+    np.testing.assert_allclose(metrics.motion(video), by_hand)
+    still = np.repeat(video[:, :1], 21, axis=1) // 2
+    flickers = still + (20 * (np.arange(21) % 4)).astype(np.uint8)[:, None, None, None]     # the same in every latent
+    assert metrics.motion(flickers).tolist() == [0] * len(video) and metrics.frame_difference(flickers).mean() > 5
+
+
 @pytest.mark.parametrize("chunk, count", [(1, 4), (2, 5), (3, 7), (7, 3)])
 def test_borders_lie_where_chunks_meet(chunk, count):
     sizes = [1 + 4 * (chunk - 1)] + [4 * chunk] * (count - 1)            # frames of chunk 0, and of every other

@@ -123,6 +123,7 @@ def test_scores_compare_the_mouth_with_what_the_face_says():
     assert numbers["reply_ms_p95_lo"] <= numbers["reply_ms_p95"] <= numbers["reply_ms_p95_hi"]
     both = rehearsal.scores([made, made], 2 * [(read, truth)])
     assert both["n"] == 2 * numbers["n"] and both["seconds"] == 2 * numbers["seconds"] and both["turns"] == 2, "in each call"
+    assert both["right_live_lo"] == both["right_live_hi"] == 0.5                  # over callers, and these two are alike
     assert all(both[key] == pytest.approx(numbers[key]) for key in ("late", "lip_r", "listening_opening_mean", "right_live", "reply_ms_p50"))
 
 

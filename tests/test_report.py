@@ -22,7 +22,7 @@ def lips(r):
     return RUN | values | ends | dict(lip_r_shuffled=0.02, lip_offset_frames=0, lip_r_ceiling=0.92, lip_r_natural=0.78, psnr_db=22.4,
                                       listening_opening_mean=0.03, speaking_opening_mean=0.31, reader_closed_bias=0.01,
                                       border_ratio=1.3, seam_ratio=1.05, seam_ratio_real=1.01, frechet=3.2,
-                                      listening_motion=1.0, listening_motion_real=0.9)
+                                      listening_movement=0.9, listening_eye_moves_per_s=0.3, listening_eye_moves_per_s_real=0.4)
 
 
 def good():
@@ -30,14 +30,14 @@ def good():
     drift = {f"drift_{kind}_{n}": v for kind, v in (("color", 1.6), ("sharpness", 0.97), ("identity", 0.03)) for n in (1, 10, 100, 1000)}
     return {
         "teacher": lips(0.875),
-        "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, teacher_frechet_ratio=1.1, frechet_ratio=0.88, frechet_ratio_lo=0.8, frechet_ratio_hi=0.95, ssim_gain=0.004, motion_ratio=0.8),
+        "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, teacher_frechet_ratio=1.1, frechet_ratio=0.88, frechet_ratio_lo=0.8, frechet_ratio_hi=0.95, ssim_gain=0.004, movement=0.8),
         "streaming": RUN | drift | dict(chunks=1000, toggle_latency_frames=3, lip_r_trend=-0.005, drift_color_trend=0.1, drift_sharpness_trend=-0.01, drift_identity_trend=0.001),
         "latency": dict(scale="mini", serial_fps=61.2, chunk_ms_p50=1234.5, device="CPU, 2 threads", blocking_over_serial=1.6,
                         two_process_over_blocking=1.1, bound_over_blocking=1.3, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
         "latency_matrix": dict(scale="mini", rows=[dict(chunk=3, steps=2, placement="two_process", fps=250.5, fps_each=[240.0, 250.5, 260.0], first_frame_ms=80.0)]),
         "full_size": dict(chunk3_steps2_fps=29.0, chunk7_steps4_fps=12.1),
         "ablated": dict(steps_quality_gain=0.01, chunk_quality_gain=0.004, steps_cost_ratio=1.9, chunk_cost_ratio=1.2, steps_frechet_ratio=0.9, chunk_frechet_ratio=0.95,
-                        distilling_quality_gain=0.06, distilling_ssim_gain=0.05, distilling_frechet_ratio=0.4, forgetting=1.05, forgetting_without_chunk_0=9.0,
+                        distilling_quality_gain=0.06, distilling_ssim_gain=0.05, distilling_frechet_ratio=0.4, distilling_movement=0.9, forgetting=1.05, forgetting_without_chunk_0=9.0,
                         endless_lip_r_trend=-0.004, endless_identity_trend=0.0001, endless_identity=0.008, endless_chunks=1021),
         "conversation": dict(turns=12, reply_ms_p95=800.0, lip_r=0.89, listening_opening_mean=0.02, interrupted_ms_max=420.0, late=0.0, right_live=0.96),
         "dialogue": dict(right_unseen=0.95),
@@ -210,8 +210,7 @@ def test_bars_made_of_other_numbers_follow_them():
     at = lambda **changes: claims.judge(measured(good(), **changes))
     assert at()["C3"]["parts"][1]["bar"] == pytest.approx(0.08 * 0.31 + 0.01)
     assert at(teacher__reader_closed_bias=0.0)["C3"]["holds"] is False
-    assert at(student__listening_motion_real=0.6)["C3"]["holds"] is False                   # it flickers
-    assert at(student__listening_motion_real=2.1)["C3"]["holds"] is False                   # it stands still
+    assert at(student__listening_eye_moves_per_s_real=0.7)["C3"]["holds"] is False          # it stares
     assert at(student__frechet_ratio=1.02)["C4"]["holds"] is False                          # nothing gained by distilling
     assert at(streaming__drift_identity_1=0.003)["C5"]["holds"] is False
     missing = at(teacher__reader_closed_bias=None)["C3"]
@@ -462,13 +461,13 @@ def test_every_bar_says_why():
 
 
 def test_the_tables_begin_with_what_can_be_had():
-    """Real clips, and their copies by the codec, which were scored like a model."""
+    """Real clips, and their copies by the codec, which were scored like a model, and their first pictures, standing still."""
     readers = {"reader_r": 0.99, "reader_r_lo": 0.98, "reader_r_hi": 1.0, "codec_lip_r": 0.97, "codec_frechet": 0.05, "codec_border_ratio": 1.15,
-               "codec_border_ratio_real": 0.98, "codec_seam_ratio_real": 1.02, "codec_mae": 0.03}
+               "codec_border_ratio_real": 0.98, "codec_seam_ratio_real": 1.02, "codec_mae": 0.03, "still_frechet": 0.02, "still_movement": 0.0}
     rows, headings = report.tables({"readers": readers, "teacher": {"lip_r": 0.9}}, {})["pictures"]
-    assert [(row["name"], row["lip_r"], row.get("frechet"), row.get("border_ratio")) for row in rows] == [
-        ("real clips", 0.99, None, 0.98), ("the codec's copies", 0.97, 0.05, 1.15), ("teacher", 0.9, None, None)]
-    assert set(headings) == {"name", "border_ratio", "seam_ratio", "frechet"}
+    assert [(row["name"], row.get("lip_r"), row.get("frechet"), row.get("border_ratio"), row.get("movement")) for row in rows] == [
+        ("real clips", 0.99, None, 0.98, 1), ("the codec's copies", 0.97, 0.05, 1.15, None), (report.STILL, None, 0.02, None, 0), ("teacher", 0.9, None, None, None)]
+    assert set(headings) == {"name", "border_ratio", "seam_ratio", "frechet", "movement", "listening_movement"}
     assert [row["name"] for row in report.tables({"readers": {"codec_lip_r": 0.97}, "teacher": {"lip_r": 0.9}}, {})["lips"][0]] == ["teacher"]
 
 

@@ -86,17 +86,18 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
 
 
 def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
-    """Mean opening and motion while listening, beside the speaking mean and the reader's own error on closed mouths."""
+    """Mean opening, motion and eyes while listening, beside the speaking mean and the reader's own error on closed mouths."""
     clips = bench.clips
     listening, speaking = clips.where(kind="listening"), clips.where(kind="speaking")
     if not len(listening):
         return {"listening_opening_mean": None, "listening_opening_mean_reason": "nobody listens in this split"}
     bias = float(bench.read(clips.frames[listening])[..., 0].mean())
     quiet, loud = float(read[listening, :, 0].mean()), float(read[speaking, :, 0].mean())
-    moved = lambda v: float(metrics.frame_difference(v).mean())
-    return {"listening_opening_mean": quiet, "speaking_opening_mean": loud, "reader_closed_bias": bias,
-            "listening_excess": (quiet - bias) / loud, "listening_motion": moved(video[listening]),
-            "listening_motion_real": moved(clips.frames[listening])}
+    faces = [clips.meta[i]["identity"] for i in listening]
+    moved = [metrics.motion(frames[listening]) for frames in (video, clips.frames)]
+    eyes, true_eyes = (metrics.eye_moves(metrics.eye_change(frames[listening], eye_box(clips.face[listening]), clips.face[listening])) for frames in (video, clips.frames))
+    return {"listening_opening_mean": quiet, "speaking_opening_mean": loud, "reader_closed_bias": bias, "listening_excess": (quiet - bias) / loud,
+            **metrics.named("listening_movement", metrics.ratio(*moved, faces)), **metrics.interval("listening_eye_moves_per_s", eyes, faces), "listening_eye_moves_per_s_real": float(true_eyes.mean())}
 
 
 def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.ndarray]:
@@ -120,12 +121,19 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
     out["eye_moves_per_s_real"] = float(metrics.eye_moves(true_eyes).mean())
-    out["motion_ratio"] = float(metrics.frame_difference(video).mean() / metrics.frame_difference(clips.frames).mean())
+    out |= metrics.named("movement", metrics.ratio(metrics.motion(video), metrics.motion(clips.frames), faces))
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     far = bench.distances(made, real)
     out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])
     out["n"] = len(video)
     return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), "ssim": alike, "face": faces, **far}, read
+
+
+def still_scores(bench: Bench, chunk: int) -> dict:
+    """What the clips' first pictures reach, standing still, so far as it is about pictures: SSIM likes it."""
+    frames = bench.clips.frames
+    found = score(np.broadcast_to(frames[:, :1], frames.shape), bench, chunk)[0]
+    return {f"{key}{end}": found[f"{key}{end}"] for key in ("ssim", "psnr_db", "frechet", "movement", "identity_distance") for end in ("", "_lo", "_hi") if f"{key}{end}" in found}
 
 
 @torch.no_grad()

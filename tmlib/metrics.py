@@ -85,6 +85,12 @@ def frame_difference(video: np.ndarray) -> np.ndarray:
     return np.stack([np.abs(np.diff(v.astype(np.int16), axis=0)).mean((1, 2, 3)) for v in video])
 
 
+def motion(video: np.ndarray, apart: int = 4) -> np.ndarray:
+    """Mean absolute change over `apart` frames, in grey levels: uint8 (n, T, H, W, 3) -> (n,). Four frames are a latent: what a codec draws anew in every latent, its flicker,
+    is the same in both, so a face that stands still has none. From frame to frame it has a third of a moving one's."""
+    return np.array([np.abs(np.subtract(v[1 + apart:], v[1:-apart], dtype=np.int16)).mean() for v in video])
+
+
 def eye_change(video: np.ndarray, eyes: np.ndarray, face: np.ndarray) -> np.ndarray:
     """How much more the boxes of eyes (n, T, 4), in pixels, change from frame to frame than the face's median pixel, in grey levels: (n, T - 1)."""
     out = []

@@ -3,6 +3,7 @@
 The words of a row stay as somebody wrote them; measured values, bar and verdict are filled in, and how many claims hold. A test compares the two.
 """
 import re
+from collections import Counter
 from pathlib import Path
 
 from . import config, runs
@@ -11,7 +12,7 @@ from .config import UserError, cli, load_json
 from .figures import shown
 from .report import measured
 
-RUN = ("lip_r", "frechet", "ssim", "motion_ratio", "seam_ratio", "stream_identity")           # of an ablation
+RUN = ("lip_r", "frechet", "ssim", "movement", "seam_ratio", "stream_identity")           # of an ablation
 
 
 def cells(row: dict) -> tuple[str, str, str]:
@@ -27,17 +28,19 @@ def cells(row: dict) -> tuple[str, str, str]:
 def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     """How many hold, and how that was in other runs, in a line."""
     def count(rows: list[dict]) -> str:
-        held = [row["holds"] for row in rows]
-        narrowly = sum(row["holds"] is True and row["clear"] is False for row in rows)
-        counted = lambda verdict, word: f"{held.count(verdict)} {word}{'s' if held.count(verdict) == 1 else ''}"
-        return f"{counted(True, 'hold')}{f' ({narrowly} narrowly)' if narrowly else ''}, {counted(False, 'fail')}, {held.count(None)} could not be judged"
+        said = Counter(map(verdict, rows))
+        def counted(word: str) -> str:
+            clearly, narrowly = said[f"{word}s"], said[f"{word}s, narrowly"]
+            return f"{clearly + narrowly} {word}{'s' if clearly + narrowly == 1 else ''}{f' ({narrowly} narrowly)' if narrowly else ''}"
+        unknown = [f"{said[words]} {words}" for words in ("not measured", "cannot be judged here") if said[words]]
+        return ", ".join([counted("hold"), counted("fail"), *unknown])
 
     papers, more = ([row for name, row in claims.items() if name.startswith("N") == ours] for ours in (False, True))
     line = f"Of the paper's {len(papers)} claims {count(papers)}; of {len(more)} more, {count(more)}."
     for name, run in others.items():
         there = run["claims"]
         same = [claim for claim, row in claims.items() if {*map(runs.meant, row["parts"])} == {*map(runs.meant, there.get(claim, {}).get("parts", ()))}]
-        changed = [f"{claim} {verdict(there[claim])}" for claim in same if there[claim]["holds"] != claims[claim]["holds"]]
+        changed = [f"{claim} {verdict(there[claim])}" for claim in same if verdict(there[claim]) != verdict(claims[claim])]
         judged = sum(claims[claim]["holds"] is not None for claim in same)
         if judged:
             which = "" if len(same) == len(claims) else f", where {judged} of the claims measured here had the same bars,"
@@ -47,7 +50,14 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
 
 def numbers(run: dict) -> list[str]:
     """An ablation's cells. Chunks of other sizes have other seams, at which real clips change by more or less, so the seam ratio is one over theirs."""
-    return [shown(run[key] / run.get(f"{key}_real", 1) if key == "seam_ratio" else run[key]) for key in RUN]
+    value = lambda key: run[key] / run.get(f"{key}_real", 1) if key == "seam_ratio" else run[key]
+    return [shown(value(key)) if key in run else "–" for key in RUN]
+
+
+def before(plain: dict) -> dict[str, dict]:
+    """What notebook 69 scored before anything was distilled, by its name in README's table."""
+    part = lambda who: {key.removeprefix(f"{who}_"): value for key, value in plain.items() if key.startswith(f"{who}_")}
+    return {"teacher": plain} | {who: part(who) for who in ("still", "causal", "two_steps")}
 
 
 def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
@@ -73,7 +83,7 @@ def filled(text: str, claims: dict[str, dict], ablations: dict[str, dict], other
 
 def current(text: str) -> str:
     """`filled` from this run's reports."""
-    ablations = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")}
+    ablations = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")} | before(load_json(config.METRICS / "plain.json"))
     return filled(text, load_json(config.REPORTS / "claims.json"), ablations, runs.load(config.DATA / "runs"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from . import avatar, metrics, speech
 from .config import FPS, FRAME, RATE, Progress, UserError
 from .conversation import FADE, LINES
-from .dialogue import MEMORY, split_words
+from .dialogue import split_words
 
 LOUD = 0.01                                      # samples above this are heard
 PATIENCE_S, BROKE_S, OVER_S = 4.0, 2.0, 0.5      # a caller waits no longer for an answer; an interruption has failed; it was none, if the answer has ended by itself so soon
@@ -178,8 +178,8 @@ def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> di
     rows, quiet, frames = sum(each, []), np.concatenate(quiet), sum(len(call.frames) for call in calls)
     numbers = {"turns": min(sum(bool(x["lines"]) for x in some) for some in each), "n": len(rows), "answers": len(r), "interruptions": sum("interrupted_ms" in x for x in rows), "seconds": frames / FPS,
                "late": sum(late(call) for call in calls) / frames, "listening_opening_mean": float(quiet.mean()) if len(quiet) else None}
-    stretch = [f"{k} {n // MEMORY}" for k, some in enumerate(each) for n in range(len(some))]         # neighbours share a memory
-    numbers |= metrics.interval("right_live", np.array([x["right"] for x in rows]), stretch) | (metrics.interval("lip_r", np.array(r)) if r else {})
+    callers = [k for k, some in enumerate(each) for _ in some]                                        # a voice and a memory each
+    numbers |= metrics.interval("right_live", np.array([x["right"] for x in rows]), callers) | (metrics.interval("lip_r", np.array(r)) if r else {})
     for name in ("reply_ms", "hear_ms", "think_ms", "show_ms"):
         if some := [x[name] for x in rows if name in x]:
             numbers |= {f"{name}_p50": float(np.median(some)), **percentile(f"{name}_p95", np.array(some), 95)}

@@ -23,6 +23,7 @@ NOTEBOOKS = {"data": "10_data", "codec": "20_codec", "speech": "21_speech", "rea
 
 MANY = {"70_ablations": "ablations"}                  # notebooks that ran many times, and the folder of what they made
 VALID = ", valid"                                     # behind the names of what was scored on validation clips
+STILL = "their first pictures, still"
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -65,9 +66,9 @@ def _write(path: Path, text: str) -> None:
 
 LIPS = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D", "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
         "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "stream_lip_r": "lip r in a stream"}
-PICTURES = {"name": "", "frechet": "Fréchet", "ssim": "SSIM", "psnr_db": "PSNR, dB", "motion_ratio": "motion", "eye_moves_per_s": "eyes' moves / s", "eye_r": "eyes' r",
+PICTURES = {"name": "", "frechet": "Fréchet", "ssim": "SSIM", "psnr_db": "PSNR, dB", "movement": "motion", "listening_movement": "motion, listening", "eye_moves_per_s": "eyes' moves / s", "listening_eye_moves_per_s": "eyes' moves / s, listening", "eye_r": "eyes' r",
             "border_ratio": "border ratio", "seam_ratio": "seam ratio", "stream_identity": "identity, end of a stream"}
-ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio", "motion_ratio": "motion"}
+ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio", "movement": "motion"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
           "frames_ms_p50": "frames sent, ms", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
@@ -81,8 +82,8 @@ WORDS = {                                             # below a table, for its c
     "lips": "Lip r with the 95 % interval, and of each style apart. Natural voice: lip r of clips that a neural voice speaks. Shuffled: lip r against other clips' speech, which should be 0. Offset: by how many frames the lips must be "
             "shifted to fit best. Width r: as lip r, of the mouth's width. Opening, listening: of the mouth, from 0 to 1, in clips in which nobody speaks. In a stream: of 45 seconds. "
             "Rows that end in \"valid\" are of validation clips, whose voices are easier, and of a teacher without the picture's help: compare them with one another.",
-    "pictures": "Fréchet: distance from real clips. PSNR, SSIM: likeness to the true clip, frame by frame. Motion: change of the picture from frame to frame, over real clips'. Eyes' moves: "
-                "blinks and quick glances; eyes' r: correlation of the eyes' change with the true clip's. Identity: distance of the face's features from the picture's in the last 15 of 45 seconds of stream. Rows as in the table of lips.",
+    "pictures": "Fréchet: distance from real clips. PSNR, SSIM: likeness to the true clip, frame by frame. Motion: change of the picture over a quarter of a second, over real clips'. Eyes' moves: "
+                "blinks and quick glances. Both also of the clips in which somebody listens. Eyes' r: correlation of the eyes' change with the true clip's. Identity: distance of the face's features from the picture's in the last 15 of 45 seconds of stream. Rows as in the table of lips.",
     "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. Motion: of the first, over real clips'. What `again` shows is chance, since it is `control` from the same solutions of the teacher with other batches and other noise in its second step.",
     "drift": "Three streams together, over up to ten chunks around this one: distance of the mean colour from the picture's, sharpness over the picture's, distance of the face's features from the picture's.",
     "close_look": "Shares of the closures for p, b and m that are there (opening below 0.05), that are there by chance, and that nearly are (below 0.15); correlations of three numbers of the mouth with the true ones; of the true eyes' quick moves the share that is met, and of the made ones the share that meets a true one; "
@@ -109,19 +110,19 @@ def tables(metrics: dict[str, dict], verdicts: dict[str, dict], others: dict[str
 
 
 def models(metrics: dict[str, dict]) -> list[dict]:
-    """What each model made, row by row: the workbook's, the same weights undistilled, N2's pair, then those that were scored on validation clips."""
+    """What each model made, row by row: the workbook's, the same weights undistilled, N2's pair, then what was scored on validation clips."""
     part = lambda file, who: {k.removeprefix(f"{who}_"): v for k, v in metrics.get(file, {}).items() if k.startswith(f"{who}_")}
     of_test = {"teacher": metrics.get("teacher"), "student": metrics.get("student"), "the teacher's weights in two steps": part("student", "undistilled"),
                "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
-    of_valid = {"the ablations' teacher": metrics.get("plain")} | {run.replace("_", " "): metrics[f"ablations/{run}"] for run in in_order(n.removeprefix("ablations/") for n in metrics if n.startswith("ablations/"))}
-    return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}{VALID}", row) for name, row in of_valid.items())] if row and "lip_r" in row]
+    of_valid = {"the ablations' teacher": metrics.get("plain"), "the same in ten steps, sparse-causal": part("plain", "causal"), "in two steps, seeing everything": part("plain", "two_steps"), STILL: part("plain", "still")} | {run.replace("_", " "): metrics[f"ablations/{run}"] for run in in_order(n.removeprefix("ablations/") for n in metrics if n.startswith("ablations/"))}
+    return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}{VALID}", row) for name, row in of_valid.items())] if row and row.keys() & {"lip_r", "ssim"}]
 
 
 def closer(numbers: dict) -> list[dict]:
     """Whoever notebook 62 looked at, a row each."""
     part = lambda who: {k.removeprefix(f"{who}_"): v for k, v in numbers.items() if k.startswith(f"{who}_")}
     names = {"codec": "the codec's copies", "teacher": "teacher", "undistilled": "the teacher's weights in two steps", "student": "student",
-             "linear_ear": "a straight line from the sound", "tinted": "real clips, with eight levels more of red", "blurred": "real clips, blurred over three pixels", "still": "their first pictures, still"}
+             "linear_ear": "a straight line from the sound", "tinted": "real clips, with eight levels more of red", "blurred": "real clips, blurred over three pixels", "still": STILL}
     return [part(who) | {"name": name} for who, name in names.items() if part(who)]
 
 
@@ -133,10 +134,11 @@ def by_voices(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def yardsticks(readers: dict) -> list[dict]:
-    """What real clips would have in the tables of lips and pictures, and what is left of it when the codec has copied them: no generator does better."""
-    copies = {key.removeprefix("codec_"): value for key, value in readers.items() if key.startswith("codec_")}
-    real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio", "eye_moves_per_s")}
-    return [{"name": "real clips"} | real, {"name": "the codec's copies"} | copies] if "frechet" in copies else []
+    """What real clips would have in the tables of lips and pictures, what is left of it when the codec has copied them (no generator does better), and what their first pictures have, standing still."""
+    part = lambda who: {key.removeprefix(f"{who}_"): value for key, value in readers.items() if key.startswith(f"{who}_")}
+    copies, still = part("codec"), part("still")
+    real = {f"lip_r{end}": readers.get(f"reader_r{end}") for end in ("", "_lo", "_hi")} | {key: copies.get(f"{key}_real") for key in ("border_ratio", "seam_ratio", "eye_moves_per_s", "listening_eye_moves_per_s")} | {"movement": 1.0, "listening_movement": 1.0}
+    return [{"name": "real clips"} | real, {"name": "the codec's copies"} | copies, *([{"name": STILL} | still] if still else [])] if "frechet" in copies else []
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -174,6 +176,7 @@ def build(root=None, captions: dict[str, str] | None = None) -> None:
         _write(reports / name, page(template, reports, metrics, verdicts, grids, captions or {}))
 
 
+MOST = 3                                              # a Fréchet distance so many times as large is written, not drawn
 BETTER = {"quality_gain": "right is better", "ssim_gain": "right is better", "frechet_ratio": "left is better"}
 
 
@@ -185,14 +188,16 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
         for ax, (kind, better) in zip(axes, BETTER.items()):
             found = [(y + 0.22 * n, n, row, run + kind) for n, run in enumerate(each) for y, row in enumerate(rows) if row.get(run + kind) is not None]
             ends = [(row["name"], row[f"{key}{end}"]) for *_, row, key in found for end in ("", "_lo", "_hi") if row.get(f"{key}{end}") is not None]
-            if ends:
-                stretch(ax, [x for _, x in ends], kind == "frechet_ratio")
+            scale = stretch(ax, [x for _, x in ends], kind == "frechet_ratio") if ends else ""
             if chance := [x for name, x in ends if name == "again"]:
                 ax.axvspan(min(chance), max(chance), color="#dddddd", linewidth=0)
             ax.axvline(kind == "frechet_ratio", color="#999999", linewidth=1)
             for y, n, row, key in found:
-                dot(ax, y, row, key, f"C{n}")
-            ax.set(title=f"{ABLATIONS[kind]}\n({better}; stretched scale)")
+                if ax.get_xlim()[0] <= row[key] <= ax.get_xlim()[1]:
+                    dot(ax, y, row, key, f"C{n}")
+                else:
+                    ax.annotate(f"{shown(row[key])} →", (ax.get_xlim()[1], y), ha="right", va="center", color=f"C{n}", fontsize="small")
+            ax.set(title=f"{ABLATIONS[kind]}\n({better})\n{scale}")
         axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']}, against {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
         for n, run in enumerate(each):
             axes[0].plot([], [], "o", markersize=4, color=f"C{n}", label=run.strip("_").replace("_", " ") or "this run")
@@ -200,14 +205,15 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
             axes[0].legend(loc="best", fontsize="small")
 
 
-def stretch(ax, values: list[float], ratio: bool) -> None:
-    """A logarithmic scale with room for all values, large and small: ratios around 1; differences around 0, near which it is linear."""
+def stretch(ax, values: list[float], ratio: bool) -> str:
+    """A logarithmic scale with room for all values, large and small: ratios around 1, those above MOST left out; differences around 0, near which it is linear. Returns what a title says of it."""
     if ratio:
-        values, ticks = [x for x in values if x > 0], [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
+        values, ticks, said = [x for x in values if 0 < x <= MOST], [0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3], "logarithmic"
         ax.set_xscale("log")
-        limits = 0.9 * min(values), 1.1 * max(values)
+        limits = 0.9 * min([*values, 1]), 1.1 * max([*values, 1])
     else:
         middle, most = 10.0 ** np.ceil(np.log10(np.median(np.abs(values)) + 1e-9)), 1.2 * max(np.abs(values)) + 1e-9
+        said = f"logarithmic beyond ±{middle:g}"
         ax.set_xscale("symlog", linthresh=middle)
         ticks, limits = [sign * n * middle for sign, n in ((-1, 10), (-1, 3), (-1, 1), (0, 1), (1, 1), (1, 3), (1, 10))], (-most, most)
     ax.set_xticks(ticks)
@@ -215,6 +221,7 @@ def stretch(ax, values: list[float], ratio: bool) -> None:
     ax.set_xlim(limits)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()
+    return said
 
 
 def page(template: str, reports: Path, metrics: dict, verdicts: dict, grids: dict, captions: dict[str, str]) -> str:

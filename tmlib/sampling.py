@@ -41,10 +41,10 @@ def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance
 
 
 @torch.no_grad()
-def student(dit, batch: Batch, seeds, p) -> Tensor:
-    """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache."""
+def student(dit, batch: Batch, seeds, p, mask: str | None = None) -> Tensor:
+    """Latents (B, 16, F, h, w) as deployed: chunk by chunk with caches, `p.steps` steps; p: steps, shift, chunk, cache. With a mask instead the whole clip at once, under it."""
     noise = [clip_noise([100_003 * int(s) + i for s in seeds], batch.z.shape[1:]).to(dit.device) for i in range(p.steps)]
     batch = batch.to(dit.device)
+    how = dict(timesteps=flow.timesteps(p.steps, p.shift), noise=lambda i: noise[i], **batch.conditions())
     with at_speed(dit):
-        return chain.rollout(dit, batch.cond, timesteps=flow.timesteps(p.steps, p.shift), chunk=p.chunk, cache=p.cache,
-                             noise=lambda i: noise[i], **batch.conditions()).cpu()
+        return (chain.full(dit, batch.cond, mask=mask, **how) if mask else chain.rollout(dit, batch.cond, chunk=p.chunk, cache=p.cache, **how)).cpu()

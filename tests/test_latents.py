@@ -1,6 +1,7 @@
 """latents: prompts, batches, condition dropout, and what a split's file holds."""
 import dataclasses
 import os
+import shutil
 import signal
 import warnings
 import weakref
@@ -267,6 +268,20 @@ def test_memory_holds_one_batch(tmp_path):
 
     encoded(tmp_path / "x.safetensors", watched)
     assert len(alive) == 6 and max(most) <= 2                            # the batch before, and this one's latents beside its condition
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_finished_splits_are_published_without_losing_them(tmp_path, monkeypatch, links):
+    work, folder = tmp_path / "work", tmp_path / "data" / "latents"
+    encoded(work / "x.safetensors")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    for _ in range(2):                                                   # the second time over the first
+        latents.publish(work, folder)
+        assert [p.name for p in folder.iterdir()] == ["x.safetensors"] and (work / "x.safetensors").samefile(folder / "x.safetensors") == links
+    made = (work / "x.safetensors").read_bytes()
+    shutil.rmtree(work)
+    assert (folder / "x.safetensors").read_bytes() == made and len(Latents(folder / "x.safetensors")) == FakeClips.n
 
 
 def test_other_inputs_are_other_work(tmp_path):

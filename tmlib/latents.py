@@ -3,6 +3,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import warnings
 import zlib
 from copy import copy
@@ -155,6 +156,17 @@ def layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                                                       # so that tensors are aligned
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + x["data_offsets"][0] for name, x in head.items()}
+
+
+def publish(work: Path, folder: Path) -> None:
+    """The finished splits as `folder` too, all or none, without writing them again where files can be linked; `work` stays, for a stage that fails later."""
+    def same(source, target):
+        try:
+            os.link(source, target)
+        except OSError:                          # another disk, or one without links
+            shutil.copyfile(source, target)
+    with atomic(folder) as whole:                # DVC clears away what is half there
+        shutil.copytree(work, whole, copy_function=same)
 
 
 def work_folder(p, *inputs: Path) -> Path:

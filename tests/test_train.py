@@ -271,6 +271,29 @@ def test_state_folder_is_keyed_by_parameters_and_inputs(tmp_path):
     assert train.state_folder("codec", {"lr": 1}, tmp_path / "x") != a
 
 
+def test_state_that_is_left_is_named_with_what_to_do(tmp_path, monkeypatch, capsys):
+    """Another stage's is not, nor any once the new folder is there; and `mv` does what the line says."""
+    monkeypatch.setattr(train, "SCRATCH", tmp_path)
+    old = train.state_folder("teacher", {"lr": 1})
+    (tmp_path / "teacher-by-hand").mkdir()
+    (tmp_path / "other_teacher-0123456789ab").mkdir()
+    assert capsys.readouterr().out == ""
+    train.train([one_player(Optim(1e-3))], 2, 0, old, "x")
+    train.train([one_player(Optim(1e-3))], 1, 0, old / "dmd", "x")
+    assert train.state_folder("teacher", {"lr": 1}) == old and capsys.readouterr().out == ""
+    new = train.state_folder("teacher", {"lr": 2})
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(config.NOTE) and f"{old} (dmd at step 1 of 1 process, step 2 of 1 process, " in line and f"rm -rf {new}; mv OLD {new}`" in line
+    assert "by-hand" not in line and "other_teacher" not in line
+    old.rename(new)
+    assert train.state_folder("teacher", {"lr": 2}) == new and capsys.readouterr().out == ""
+    train.train([one_player(Optim(1e-3))], 3, 0, new, "x")
+    assert "x: going on from step 2 of 3" in capsys.readouterr().out
+    (new / "state-3-0-of-1.pt").rename(new / "state-3-0-of-8.pt")
+    train.train([one_player(Optim(1e-3))], 1, 0, new, "x")
+    assert capsys.readouterr().out.startswith(f"note: x begins at step 0: the state in {new} is of 8 processes, and this run has 1. To go on")
+
+
 def test_another_notebook_begins_anew(monkeypatch):
     """Losses live in notebooks."""
     before = train.state_folder("codec", {})

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ranks
-from .config import SCRATCH, Progress, UserError, atomic
+from .config import SCRATCH, Progress, UserError, atomic, resumable
 from .data import STYLES, Clips, box_map, eye_box, per_latent, to_float
 from .vae import i2v_condition
 
@@ -177,7 +177,7 @@ def work_folder(p, *inputs: Path) -> Path:
     code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     files = [path for given in inputs for path in (sorted(given.iterdir()) if given.is_dir() else [given])]
     known = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return SCRATCH / f"latents-{hashlib.sha256(repr((vars(p), known, code)).encode()).hexdigest()[:12]}"
+    return resumable(SCRATCH / f"latents-{hashlib.sha256(repr((vars(p), known, code)).encode()).hexdigest()[:12]}")
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import chain, flow, losses, ranks
-from .config import SCRATCH, Progress, atomic
+from .config import SCRATCH, Progress, atomic, note, resumable
 from .latents import Latents
 from .muon import Muon
 from .sampling import denoiser
@@ -80,7 +80,7 @@ def fingerprint(*things) -> str:
 def state_folder(stage: str, params, *inputs: Path) -> Path:
     """Where a stage keeps its resume state: keyed by parameters, this library's code, the notebook's and the input files."""
     code = sorted(Path(__file__).parent.glob("*.py"))
-    return SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code, *inputs)}"
+    return resumable(SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code, *inputs)}")
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -182,6 +182,9 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
     step, history, recent = load_state(folder, players)
     if step:
         print(f"{what}: going on from step {step} of {steps}", flush=True)
+    elif others := {path.stem.rpartition("-")[2] for path in Path(folder).glob("state-*-0-of-*.pt")} - {str(ranks.WORLD)}:
+        note(f"{what} begins at step 0: the state in {folder} is of {' or '.join(sorted(others))} processes, and this run has {ranks.WORLD}. "
+             "To go on from it, set `processes` in params.yaml back; or delete it")
     progress, saved, pause = Progress(steps, what, start=step), time.monotonic(), 0.06 / save_share
     while step < steps:
         if ranks.agreed(time.monotonic() - saved > pause)[0]:                # rank 0's clock counts

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tiny import make_dit, make_latents
-from tmlib import config, flow, losses, train
+from tmlib import config, flow, losses, plan, train
 from tmlib.audio import SpeechEncoder
 from tmlib.train import Optim, Player, fingerprint, generator, schedule
 from tmlib.vae import VAEConfig, VideoVAE
@@ -315,6 +315,23 @@ def test_finish_removes_the_state(tmp_path):
     train.finish(tmp_path / "state")
     train.finish(tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_too_small_a_card_is_told_at_once(monkeypatch, capsys):
+    """By less than `plan` counts, so never in vain; at full size on eight GPUs stage 3 says so on cards of 80 and 96 GB, not of 141."""
+    dit, shape, how = plan.build("talkingmachines-18b"), (16, 21, 64, 64), dict(trained=2, frozen=1, graphs=2)
+    monkeypatch.setattr(train.ranks, "in_pieces", lambda t: True)
+    monkeypatch.setattr(torch.Tensor, "to_local", lambda t: torch.empty(t.numel() // 8, device="meta"), raising=False)
+    least, all_of_it = train.least_memory(dit, shape, 1, **how), sum(plan.training_memory(dit, 8, 32, 32, mask="sparse_causal", **how).values())
+    assert 100e9 < least < all_of_it < 141e9 and train.least_memory(dit, shape, 1) < sum(plan.training_memory(dit, 8, 32, 32).values()) < 80e9
+    for card, told in ((85e9, True), (96e9, True), (150e9, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=card))
+        for device in ("cuda", "cpu"):
+            small = SimpleNamespace(device=device, parameters=dit.parameters, config=dit.config)
+            train.heed_memory("matching", small, shape, 1, **how)
+            line = capsys.readouterr().out
+            assert line == (f"note: matching will run out of memory: it takes more than {least / 1e9:.0f} GB on each GPU, and this one has {card / 1e9:.0f} GB; "
+                            "use larger cards, or more of them (`processes` in params.yaml)\n" if told and device == "cuda" else "")
 
 
 # ---- flow matching -----------------------------------------------------------------------------

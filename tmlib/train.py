@@ -213,6 +213,24 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
     return history
 
 
+def least_memory(dit: nn.Module, shape: tuple[int, ...], batch: int, trained: int = 1, averaged: int = 1, frozen: int = 0, graphs: int = 1) -> int:
+    """Bytes that training takes on this process's GPU at the very least: weights, gradients, moments, averages, and the inputs of blocks that are computed again.
+
+    shape: (16, F, h, w) of a clip's latents; batch: clips at once. The rest as in `plan.training_memory`, which counts all of it.
+    """
+    weights = sum((p.to_local() if ranks.in_pieces(p) else p).numel() for p in dit.parameters())
+    tokens = math.prod(shape[1:]) // math.prod(dit.config.patch_size)
+    return 4 * weights * (4 * trained + averaged + frozen) + 2 * graphs * dit.config.num_layers * batch * tokens * dit.config.dim
+
+
+def heed_memory(what: str, dit: nn.Module, *args, **how) -> None:
+    """A line at once if `least_memory` is more than the GPU has: the stage may run out of it after hours."""
+    if torch.device(dit.device).type == "cuda":
+        least, there = least_memory(dit, *args, **how) / 1e9, torch.cuda.get_device_properties(0).total_memory / 1e9
+        if least > there:
+            note(f"{what} will run out of memory: it takes more than {least:.0f} GB on each GPU, and this one has {there:.0f} GB; use larger cards, or more of them (`processes` in params.yaml)")
+
+
 def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
     """The loss of stages 0-2, in parts: every clip of a batch at `p.repeats` stratified noise levels, conditions dropped for guidance.
 

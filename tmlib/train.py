@@ -79,8 +79,11 @@ def fingerprint(*things) -> str:
 
 def state_folder(stage: str, params, *inputs: Path) -> Path:
     """Where a stage keeps its resume state: keyed by parameters, this library's code, the notebook's and the input files."""
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    return resumable(SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code, *inputs)}")
+    return resumable(SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code(), *inputs)}")
+
+
+def code() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.py"))
 
 
 def generator(*key: int | str) -> torch.Generator:

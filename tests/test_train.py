@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -307,6 +308,13 @@ def test_generators_depend_on_their_key_alone():
     torch.randn(100)
     assert draw(0, 1, "a") == draw(0, 1, "a")
     assert len({tuple(draw(*key)) for key in itertools.product((0, 1), (0, 1), "ab")}) == 8
+
+
+def test_what_is_measured_before_training_is_measured_once(tmp_path):
+    calls = []
+    make = lambda: calls.append(1) or {"film": np.arange(12, dtype=np.uint8).reshape(3, 4), "loss": np.float32([0.1, 0.2])}
+    first, again = (train.once(tmp_path / "state" / "before.npz", make) for _ in range(2))
+    assert calls == [1] and all(np.array_equal(first[k], v) and first[k].dtype == v.dtype for k, v in again.items()) and set(again) == set(first)
 
 
 def test_finish_removes_the_state(tmp_path):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +85,16 @@ def state_folder(stage: str, params, *inputs: Path) -> Path:
 
 def code() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*.py"))
+
+
+def once(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """make(), arrays by name; or what it made before a restart, of which `path` (.npz), in the resume state, is kept. Every rank must ask."""
+    if path.exists():
+        return dict(np.load(path))
+    made = make()
+    with atomic(path) as temporary:                                          # once all ranks have seen that it is missing: they make it together
+        np.savez(temporary, **made)
+    return made
 
 
 def generator(*key: int | str) -> torch.Generator:

@@ -79,5 +79,5 @@ check-stripped: $(READY)
 	@found=$$($(PY) -m nbstripout --verify $(STRIP) notebooks/*.ipynb) || \
 	  { echo "error:" $$(echo "$$found" | sed 's/.* stripped //') "was run by hand and would run again as a stage; restore it with \`make strip\`" >&2; exit 1; }
 
-clean-scratch:  ## delete resume state and copies of failed runs (data/scratch)
-	rm -rf data/scratch
+clean-scratch:  ## delete resume state and copies of failed runs (data/scratch); SCALE=wan14b for that scale's
+	rm -rf "$(if $(filter mini,$(SCALE)),,.scales/$(SCALE)/)data/scratch"

@@ -260,6 +260,16 @@ def test_wrong_pictures_are_refused(house, tmp_path, image):
         image_tokens([image], house, tmp_path)
 
 
+@pytest.mark.parametrize("lost", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json", "image_encoder/config.json", "image_processor/preprocessor_config.json"])
+def test_only_whole_encoders_are_linked_to(house, tmp_path, lost):
+    from tmlib.readers import FaceEncoder, LipReader, save_readers
+    shutil.copytree(house, tmp_path / "wan")
+    (tmp_path / "wan" / lost).unlink()
+    with pytest.raises(UserError, match=f"{tmp_path / 'wan' / lost}: missing"):
+        save_readers(LipReader(), FaceEncoder(3, 8), tmp_path / "models", str(tmp_path / "wan"))
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_folder_of_models_tells_the_model_what_it_says(house, root, monkeypatch):
     from tmlib.latents import prompt
     from tmlib.readers import FaceEncoder, LipReader, load_readers, save_readers

@@ -1,5 +1,7 @@
 """data: clips are functions of their specs, test clips share nothing with training, and batches are cut as promised."""
 import dataclasses
+import errno
+import os
 import warnings
 from itertools import combinations
 
@@ -166,6 +168,23 @@ def test_a_split_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(Exception, match="no such style"):
         write_split(tmp_path, "old", bad, workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["old"] and len(Clips(tmp_path, "old")) == 1
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    """A mapped file that finds it full later would be killed; file systems that cannot take room beforehand go on without."""
+    todo, number = specs("test", 2, {"listening": 1.0}, 3, seed=0, frames=5, size=16), errno.ENOSPC
+
+    def full(file, offset, length):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: no space left for the 7.68e-06 GB of frames.npy; make some") as told:
+        write_split(tmp_path, "test", todo, workers=1)
+    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+    number = errno.EOPNOTSUPP
+    assert write_split(tmp_path, "test", todo, workers=1)["clips"] == 2
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert write_split(tmp_path, "test", todo, workers=1)["clips"] == 2
 
 
 def test_no_clips_is_told(tmp_path):

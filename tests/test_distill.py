@@ -5,6 +5,7 @@ import torch
 from tiny import distillation, make_dit, make_latents
 from tmlib import chain, distill, flow, losses, sampling
 from tmlib.config import UserError
+from tmlib.dit import WanDiT
 from tmlib.sampling import clip_noise
 
 
@@ -133,6 +134,21 @@ def test_pairs_are_the_teachers_solutions(dit, latents, tmp_path):
     path.unlink()
     again = distill.solve(None, latents, p, kept, path)                  # after a kill: no teacher is asked
     assert all(torch.equal(v, pairs[k]) for k, v in again.items()) and path.exists()
+
+
+def test_the_same_teachers_solutions_are_shared(dit, latents, tmp_path, monkeypatch):
+    """With another notebook, by content of the weights' folder; another configuration or noise shares none."""
+    monkeypatch.setattr(distill, "SCRATCH", tmp_path)
+    dit.save_pretrained(tmp_path / "teacher")
+    read, p = lambda **how: WanDiT.from_pretrained(tmp_path / "teacher", **how), distillation(pairs=3)
+    place = distill.shared(read(), p, tmp_path / "teacher")
+    assert place == distill.shared(read(condition=dit.config.condition, prior_std=None), p, tmp_path / "teacher")
+    others = [distill.shared(read(condition="zero"), p, tmp_path / "teacher"), distill.shared(read(), distillation(pairs=3, seed=1), tmp_path / "teacher"),
+              distill.shared(read(), p)]
+    assert len({place, *others}) == 4 and {path.parent for path in (place, *others)} == {tmp_path}
+    pairs = distill.solve(dit, latents, p, tmp_path / "state" / "pairs.safetensors", place)
+    again = distill.solve(None, latents, p, place, tmp_path / "plain_pairs.safetensors")          # no teacher is asked
+    assert all(torch.equal(v, pairs[k]) for k, v in again.items()) and (tmp_path / "plain_pairs.safetensors").exists()
 
 
 def test_a_killed_solution_goes_on_with_the_batch_that_is_missing(dit, latents, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """latents: prompts, batches, condition dropout, and what a split's file holds."""
 import dataclasses
 import os
+import shutil
 import signal
+import warnings
 import weakref
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,6 +104,36 @@ def test_missing_or_broken_latents_are_told(tmp_path):
     with pytest.raises(UserError, match="latents.safetensors cannot be read") as caught:
         Latents(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_mapped_as_it_is(tmp_path):
+    """The values of `load_file`, without a copy and without a warning; broken ones are refused."""
+    path, g = tmp_path / "x.safetensors", torch.Generator().manual_seed(0)
+    made = {"a": torch.randn(3, 5, generator=g), "b": torch.randn(7, generator=g).bfloat16(), "c": torch.arange(4), "d": torch.randn(1, 3, generator=g).half()}
+    save_file(made, path, {"some": "words"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = latents.mapped(path)
+    assert set(got) == set(made) and all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in load_file(path).items())
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in got.values()}
+    assert list(storages.values()) == [path.stat().st_size]
+    assert {line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))} == {"r--s"}
+    whole = path.read_bytes()
+    for broken in (b"", whole[:5], whole[:-1], b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
+        path.unlink()                                                    # a new file: the old one is still mapped
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="x.safetensors cannot be read"):
+            Latents(path)
+
+
+def test_a_file_larger_than_memory_opens(tmp_path):
+    """Four terabytes, nearly all of them a hole."""
+    path, n = tmp_path / "x.safetensors", 1 << 40
+    head, at = latents.layout({"z": torch.empty(n, device="meta")})
+    path.write_bytes(head)
+    os.truncate(path, at["z"] + 4 * n)
+    split = Latents(path)
+    assert len(split) == n and split.store["z"][-3:].tolist() == [0, 0, 0]
 
 
 P = SimpleNamespace(seed=0, condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5)
@@ -235,6 +268,20 @@ def test_memory_holds_one_batch(tmp_path):
 
     encoded(tmp_path / "x.safetensors", watched)
     assert len(alive) == 6 and max(most) <= 2                            # the batch before, and this one's latents beside its condition
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_finished_splits_are_published_without_losing_them(tmp_path, monkeypatch, links):
+    work, folder = tmp_path / "work", tmp_path / "data" / "latents"
+    encoded(work / "x.safetensors")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    for _ in range(2):                                                   # the second time over the first
+        latents.publish(work, folder)
+        assert [p.name for p in folder.iterdir()] == ["x.safetensors"] and (work / "x.safetensors").samefile(folder / "x.safetensors") == links
+    made = (work / "x.safetensors").read_bytes()
+    shutil.rmtree(work)
+    assert (folder / "x.safetensors").read_bytes() == made and len(Latents(folder / "x.safetensors")) == FakeClips.n
 
 
 def test_other_inputs_are_other_work(tmp_path):

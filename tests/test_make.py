@@ -123,6 +123,15 @@ def test_plan_and_bench_run_their_modules(tree):
     assert make(tree, "bench").stdout == "bench []\n" and make(tree, "bench", "ARGS=--layers 2").stdout == "bench ['--layers', '2']\n"
 
 
+def test_clean_scratch_is_of_one_scale(tree):
+    places = [tree / "data" / "scratch", tree / ".scales" / "smoke" / "data" / "scratch"]
+    for scale, kept in (("smoke", [True, False]), ("mini", [False, True])):
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        assert make(tree, "clean-scratch", f"SCALE={scale}").returncode == 0
+        assert [place.exists() for place in places] == kept
+
+
 def test_help_and_clear_errors(tree):
     done = make(tree)
     assert all(f"make {target}" in done.stdout for target in ("env", "test", "repro", "lab", "plan", "bench", "talk", "clean-scratch", "strip"))

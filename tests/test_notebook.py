@@ -76,7 +76,7 @@ def stream(name, text):
 
 def test_normalise_removes_what_differs_and_keeps_the_rest():
     shown = new_output("display_data", data={"text/plain": "<Figure at 0x7f00deadbeef>", "image/png": "QUJD"})
-    progress = f"teacher  3/9  33 %  1{config.Progress.UNIT}6 s left\n"
+    progress = f"teacher  3/9  33 %  1{config.Progress.UNIT}6 s left\n{config.NOTE}of this run alone\n"
     outputs = [stream("stdout", "a"), stream("stderr", "/a/lib/python3.11/site-packages/torch/x.py:7: w\n"), stream("stdout", f"b\n{progress}"), shown, stream("stdout", progress)]
     cell = new_code_cell("x", outputs=outputs, metadata={"tags": ["t"], "papermill": {"duration": 1}, "execution": {"iopub": "now"}})
     made = new_notebook(cells=[new_markdown_cell("# t"), cell], metadata={

@@ -75,6 +75,18 @@ def test_mirror_follows_the_tree_and_keeps_its_results(tree):
     assert all((folder / name).read_text() == "mine" for name in kept)
 
 
+def test_large_files_are_copied_piece_by_piece(tree, monkeypatch):
+    """What somebody left in the tree may be larger than memory: no file of it is read whole."""
+    (tree / "new.py").write_bytes(bytes(100_000) + b"end")
+    (tree / "new.py").chmod(0o755)
+    whole = type(tree).read_bytes
+    monkeypatch.setattr(type(tree), "read_bytes", lambda path: pytest.fail(f"{path} was read whole") if path.name == "new.py" else whole(path))
+    for end in (b"end", b"END"):
+        (tree / "new.py").write_bytes(bytes(100_000) + end)
+        made = scales.mirror("smoke", tree) / "new.py"
+        assert whole(made) == bytes(100_000) + end and made.stat().st_mode & 0o777 == 0o755
+
+
 def test_mirror_without_git_is_the_same(tree):
     shutil.rmtree(tree / ".git")
     assert contents(scales.mirror("smoke", tree)) == EXPECTED

@@ -4,12 +4,13 @@ import os
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tiny import make_dit, make_latents
-from tmlib import config, flow, losses, train
+from tmlib import config, flow, losses, plan, train
 from tmlib.audio import SpeechEncoder
 from tmlib.train import Optim, Player, fingerprint, generator, schedule
 from tmlib.vae import VAEConfig, VideoVAE
@@ -271,6 +272,29 @@ def test_state_folder_is_keyed_by_parameters_and_inputs(tmp_path):
     assert train.state_folder("codec", {"lr": 1}, tmp_path / "x") != a
 
 
+def test_state_that_is_left_is_named_with_what_to_do(tmp_path, monkeypatch, capsys):
+    """Another stage's is not, nor any once the new folder is there; and `mv` does what the line says."""
+    monkeypatch.setattr(train, "SCRATCH", tmp_path)
+    old = train.state_folder("teacher", {"lr": 1})
+    (tmp_path / "teacher-by-hand").mkdir()
+    (tmp_path / "other_teacher-0123456789ab").mkdir()
+    assert capsys.readouterr().out == ""
+    train.train([one_player(Optim(1e-3))], 2, 0, old, "x")
+    train.train([one_player(Optim(1e-3))], 1, 0, old / "dmd", "x")
+    assert train.state_folder("teacher", {"lr": 1}) == old and capsys.readouterr().out == ""
+    new = train.state_folder("teacher", {"lr": 2})
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(config.NOTE) and f"{old} (dmd at step 1 of 1 process, step 2 of 1 process, " in line and f"rm -rf {new}; mv OLD {new}`" in line
+    assert "by-hand" not in line and "other_teacher" not in line
+    old.rename(new)
+    assert train.state_folder("teacher", {"lr": 2}) == new and capsys.readouterr().out == ""
+    train.train([one_player(Optim(1e-3))], 3, 0, new, "x")
+    assert "x: going on from step 2 of 3" in capsys.readouterr().out
+    (new / "state-3-0-of-1.pt").rename(new / "state-3-0-of-8.pt")
+    train.train([one_player(Optim(1e-3))], 1, 0, new, "x")
+    assert capsys.readouterr().out.startswith(f"note: x begins at step 0: the state in {new} is of 8 processes, and this run has 1. To go on")
+
+
 def test_another_notebook_begins_anew(monkeypatch):
     """Losses live in notebooks."""
     before = train.state_folder("codec", {})
@@ -286,12 +310,36 @@ def test_generators_depend_on_their_key_alone():
     assert len({tuple(draw(*key)) for key in itertools.product((0, 1), (0, 1), "ab")}) == 8
 
 
+def test_what_is_measured_before_training_is_measured_once(tmp_path):
+    calls = []
+    make = lambda: calls.append(1) or {"film": np.arange(12, dtype=np.uint8).reshape(3, 4), "loss": np.float32([0.1, 0.2])}
+    first, again = (train.once(tmp_path / "state" / "before.npz", make) for _ in range(2))
+    assert calls == [1] and all(np.array_equal(first[k], v) and first[k].dtype == v.dtype for k, v in again.items()) and set(again) == set(first)
+
+
 def test_finish_removes_the_state(tmp_path):
     train.train([one_player(Optim(1e-3))], 1, 0, tmp_path / "state", "x")
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["state-1-0-of-1.pt"]                 # nothing half-written beside it
     train.finish(tmp_path / "state")
     train.finish(tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_too_small_a_card_is_told_at_once(monkeypatch, capsys):
+    """By less than `plan` counts, so never in vain; at full size on eight GPUs stage 3 says so on cards of 80 and 96 GB, not of 141."""
+    dit, shape, how = plan.build("talkingmachines-18b"), (16, 21, 64, 64), dict(trained=2, frozen=1, graphs=2)
+    monkeypatch.setattr(train.ranks, "in_pieces", lambda t: True)
+    monkeypatch.setattr(torch.Tensor, "to_local", lambda t: torch.empty(t.numel() // 8, device="meta"), raising=False)
+    least, all_of_it = train.least_memory(dit, shape, 1, **how), sum(plan.training_memory(dit, 8, 32, 32, mask="sparse_causal", **how).values())
+    assert 100e9 < least < all_of_it < 141e9 and train.least_memory(dit, shape, 1) < sum(plan.training_memory(dit, 8, 32, 32).values()) < 80e9
+    for card, told in ((85e9, True), (96e9, True), (150e9, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=card))
+        for device in ("cuda", "cpu"):
+            small = SimpleNamespace(device=device, parameters=dit.parameters, config=dit.config)
+            train.heed_memory("matching", small, shape, 1, **how)
+            line = capsys.readouterr().out
+            assert line == (f"note: matching will run out of memory: it takes more than {least / 1e9:.0f} GB on each GPU, and this one has {card / 1e9:.0f} GB; "
+                            "use larger cards, or more of them (`processes` in params.yaml)\n" if told and device == "cuda" else "")
 
 
 # ---- flow matching -----------------------------------------------------------------------------

@@ -56,7 +56,27 @@ def test_splits_are_those_that_training_reads(few, tmp_path):
     assert anna.examples() == anna.where(kind="speaking").tolist() and anna.labels([1, 0]) == ["clip 1", "clip 0"]      # real people have no styles of ours
     unusable = json.loads((tmp_path / "clips" / "unusable.json").read_text())["unusable"]
     assert [(u["video"], u["reason"]) for u in unusable] == [("cleo.mp4", "no sound"), ("notes.mp4", "not a video that can be read")]
+    assert len(list((tmp_path / "scratch").iterdir())) == 5                                # until somebody has looked at them
+    videos.finish(few, S, tmp_path / "scratch")
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_split_keeps_at_most_so_many_clips(few, tmp_path):
+    order = videos.mixed((f"{person}/talk {i % 3}.mp4", i) for person in range(20) for i in range(50 * (person + 1)))
+    some = videos.first(30, order)
+    people = [name.split("/")[0] for name, _ in some]
+    assert some == [clip for clip in order if clip in set(some)] and {people.count(who) for who in people} == {1, 2} and len(set(people)) == 20
+    assert videos.first(None, order) == order == videos.first(len(order) + 1, order) and len(set(videos.first(7, order))) == 7
+    numbers = videos.collect(few, tmp_path / "clips", S, HALVES, 1, tmp_path / "scratch", most={"train": None, "test": 1})
+    assert numbers["test"]["clips"] == 1 == len(Clips(tmp_path / "clips", "test")) and numbers["train"]["clips"] in (1, 3)
+    for most in ({"tests": 3}, {"test": 0}):
+        with pytest.raises(UserError, match=r"data.most: tests?: [03]; give splits of data.shares \(train, test\)"):
+            videos.collect(few, tmp_path / "clips", S, HALVES, 1, tmp_path / "scratch", most=most)
+
+
+def test_many_people_have_different_numbers():
+    numbers = {videos.number(f"person {i}") for i in range(100_000)}
+    assert len(numbers) == 100_000 and max(numbers) < 2**48                                # of crc32's, one or two would be equal
 
 
 def test_clips_of_many_people_lie_mixed():

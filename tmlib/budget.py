@@ -1,7 +1,8 @@
 """What training the DiT costs at a scale of params.yaml, stage by stage, before a GPU is rented: `python -m tmlib.budget gpu`.
 
 Arithmetic alone, by the counts of `plan`: FLOPs of forward and backward passes with Wan's 512 text tokens (the miniature's three cost less),
-minutes at an assumed rate, bytes without gradient checkpointing. Codec, speech, readers and the pictures of a stage are not in it.
+time at an assumed rate of each GPU, bytes on each. On as many GPUs as the stage has processes, so many clips at once, and with blocks computed
+again where `ranks` does so. Codec, speech, readers, the pictures of a stage, the convolutional teacher and the ablations are not in it.
 """
 
 import argparse
@@ -22,38 +23,53 @@ def read(scale: str) -> dict:
 
 
 def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
-    """{stage: (steps, TFLOP of a step, TFLOP in all, GB at its peak)} of the DiT's training on one GPU."""
+    """{stage: (steps, TFLOP of a step, TFLOP in all, GB at its peak on each GPU, GPUs)} of the DiT's training; without stages that train nothing.
+
+    A step of `solutions` is one pair that the guided teacher makes; its peak is below that of the training which follows, and not counted (0).
+    """
     size, chunk, width = params["data"]["size"], params["common"]["chunk"], 2 if params["common"]["bf16"] else 4
     frames, d = (params["data"]["frames"] - 1) // plan.STRIDE + 1, params["distillation"]
     dit = plan.build(params["teacher"]["variant"], chunk=chunk)
     rows, columns = plan.tokens_of(dit.config, str(size))
     passes = plan.stage_passes(d["steps"], d["real_ratio"])
-    cost = lambda what, batch: plan.training_flops(dit.config, rows * columns, what, frames, batch, checkpointing=False) / 1e12
-    memory = lambda batch, **how: sum(plan.training_memory(dit, 1, rows, columns, frames=frames, batch=batch, width=width, checkpointing=False,
-                                                           **how).values()) / 1e9
+
+    def cost(p, what) -> float:
+        return plan.training_flops(dit.config, rows * columns, what, frames, p["batch"] * p.get("repeats", 1), checkpointing=p["processes"] > 1) / 1e12
+
+    def memory(p, **how) -> float:
+        at_once = (p["at_once"] or p["batch"] // p["processes"]) * p.get("repeats", 1)
+        return sum(plan.training_memory(dit, p["processes"], rows, columns, frames=frames, batch=at_once, width=width, checkpointing=p["processes"] > 1,
+                                        **how).values()) / 1e9
+
     found = {}
     for stage in ("base", "adaptation", "teacher", "plain"):
         p = params[stage]
-        batch, hears = p["batch"] * p["repeats"], p["drop_audio"] < 1
-        found[stage] = (p["steps"], cost(passes["teacher" if hears else "adaptation"], batch), memory(batch))
+        steps = 0 if p["pretrained"] else p["steps"]
+        found[stage] = (steps, cost(p, passes["teacher" if p["drop_audio"] < 1 else "adaptation"]), memory(p), p)
+    guided = [("bidirectional", True, False, 2 * d["pair_steps"])]
+    found["solutions"] = (d["pairs"], cost({**d, "batch": 1}, guided), 0.0, d)
     regression = [("sparse_causal", True, True, 1), ("sparse_causal", True, False, (d["steps"] - 1) / 2)]
-    found["regression"] = (d["regression_steps"], cost(regression, d["batch"]), memory(d["batch"], frozen=1, mask="sparse_causal"))
-    each = cost(passes["student"], d["batch"]) / d["critic_steps"] + cost(passes["critic"], d["batch"])     # the student plays on every n-th step
-    found["matching"] = (d["dmd_steps"], each, memory(d["batch"], trained=2, averaged=2, frozen=1, graphs=2, mask="sparse_causal"))
-    return {stage: (steps, step, steps * step, peak) for stage, (steps, step, peak) in found.items()}
+    found["regression"] = (d["regression_steps"], cost(d, regression), memory(d, frozen=2, mask="sparse_causal"), d)          # the critic is there already
+    each = cost(d, passes["student"]) / d["critic_steps"] + cost(d, passes["critic"])                       # the student plays on every n-th step
+    averaged = sum(d[who].get("ema", 0) > 0 for who in ("student_optim", "critic_optim"))
+    found["matching"] = (d["dmd_steps"], each, memory(d, trained=2, averaged=averaged, frozen=1, graphs=2, mask="sparse_causal"), d)
+    return {stage: (steps, step, steps * step, peak, p["processes"]) for stage, (steps, step, peak, p) in found.items() if steps}
 
 
 def report(scale: str, rate: float) -> None:
     params = read(scale)
-    table = {stage: [str(steps), step, whole / 1000, whole * 1e12 / rate / 60, peak] for stage, (steps, step, whole, peak) in stages(params).items()}
+    found = stages(params)
+    seconds = {stage: whole * 1e12 / rate / gpus for stage, (*_, whole, _, gpus) in found.items()}
+    unit, length = ("days", 86400) if max(seconds.values()) > 86400 else ("min", 60)
+    table = {stage: [str(steps), step, whole / 1000, str(gpus), seconds[stage] / length, peak or "-"] for stage, (steps, step, whole, peak, gpus) in found.items()}
     plan.show(f"Training the DiT at the scale {scale}: {params['teacher']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
-              table, ["steps", "TFLOP a step", "PFLOP", f"min at {rate / 1e12:.0f} TFLOP/s (assumed)", "GB"])
+              table, ["steps", "TFLOP a step", "PFLOP", "GPUs", f"{unit} at {rate / 1e12:.0f} TFLOP/s each (assumed)", "GB on each"])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tmlib.budget", description="What training the DiT costs at a scale of params.yaml.")
     parser.add_argument("scale", help="such as gpu; `mini` is params.yaml itself")
-    parser.add_argument("--tflops", type=float, default=RATE / 1e12, metavar="R", help=f"rate that the GPU reaches (default {RATE / 1e12:.0f})")
+    parser.add_argument("--tflops", type=float, default=RATE / 1e12, metavar="R", help=f"rate that each GPU reaches (default {RATE / 1e12:.0f})")
     args = parser.parse_args(argv)
     if not args.tflops > 0:
         raise UserError(f"--tflops {args.tflops}: give a rate above 0")

@@ -184,6 +184,24 @@ def load_json(path, fix: str | None = None) -> dict:
         raise UserError(f"{shown}: cannot be read ({error}); {fix or f'delete it and {make}'}") from None
 
 
+def resumable(folder: Path) -> Path:
+    """The same folder, of what a stage resumes from. If it is new, and others of its stage are left by other parameters, code or inputs, a line says so."""
+    stage = folder.name.rpartition("-")[0]
+    others = [] if folder.exists() else sorted(folder.parent.glob(f"{stage}-{12 * '[0-9a-f]'}"))
+    if others:
+        note(f"{stage} begins at the beginning; other parameters, code or inputs left {', '.join(f'{other} ({far(other)})' for other in others)}. To go "
+             f"on from one that fits all the same, stop this run, then `rm -rf {folder}; mv OLD {folder}`, and run again; else delete it")
+    return folder
+
+
+def far(folder: Path) -> str:
+    """How far a stage got, and what it takes, by the names and sizes of its files."""
+    steps = {path.parent: path.stem.split("-") for path in sorted(folder.rglob("state-*-0-of-*.pt"))}
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    said = [f"{'' if at == folder else f'{at.name} at '}step {step} of {world} process{'es' * (world != '1')}" for at, (_, step, _, _, world) in steps.items()]
+    return ", ".join([*said, *(f"{path.stem} whole" for path in sorted(folder.glob("*.safetensors"))), f"{size / 1e9:.2g} GB"])
+
+
 # ------------------------------------------------------------------------------------------------------ terminal
 def cli(main) -> None:
     """Run main() as a command: UserError, or a full disk -> `error: <line>` on stderr and status 2; Ctrl-C -> 130; SIGTERM cleans up -> 143."""
@@ -201,6 +219,15 @@ def cli(main) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+NOTE = "note: "
+
+
+def note(line: str) -> None:
+    """Say something about this run alone, once: `notebook` leaves it out of the executed copy."""
+    if not RANK:
+        print(f"{NOTE}{line}", flush=True)
 
 
 class Progress:

@@ -5,8 +5,10 @@ What is special
 - Four kinds: `speaking` (sentences with pauses), `listening` (silence: closed mouth, nods), `ending` (the last moment of speech, then
   silence: a mouth that shuts) and `generic` (random motion, no speech: what the base model is pretrained on).
 """
+import errno
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -162,8 +164,7 @@ def save_split(folder: Path, name: str, n: int, made: Iterable[tuple[Clip, dict]
         frames, wave, rest, meta = None, None, {k: [] for k in ("truth", "speaking", "mouth", "face")}, []
         for i, (clip, source) in enumerate(made):
             if frames is None:
-                frames = np.lib.format.open_memmap(tmp / "frames.npy", "w+", np.uint8, (n, *clip.frames.shape))
-                wave = np.lib.format.open_memmap(tmp / "wave.npy", "w+", np.int16, (n, *clip.wave.shape))
+                frames, wave = room(tmp / "frames.npy", np.uint8, (n, *clip.frames.shape)), room(tmp / "wave.npy", np.int16, (n, *clip.wave.shape))
             frames[i], wave[i] = clip.frames, (np.clip(clip.wave, -1, 1) * 32767).astype(np.int16)
             for k, v in rest.items():
                 v.append(getattr(clip, k))
@@ -174,6 +175,21 @@ def save_split(folder: Path, name: str, n: int, made: Iterable[tuple[Clip, dict]
         (tmp / "clips.json").write_text(json.dumps(meta))
     return {"clips": n, "seconds": sum(len(s) / m["fps"] for s, m in zip(rest["speaking"], meta)),
             "silence_fraction": round(1 - float(np.mean(np.stack(rest["speaking"]))), 4)}
+
+
+def room(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file as an array, with all its place on the disk taken: a mapped file that finds the disk full later kills its process (SIGBUS)."""
+    made = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except AttributeError:                   # not on macOS
+            pass
+        except OSError as error:                 # nor on some file systems
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{path.parents[1]}: no space left for the {made.nbytes / 1e9:.3g} GB of {path.name}; make some, or take fewer clips "
+                                "(data.most in params.yaml), then run again") from None
+    return made
 
 
 class Clips:

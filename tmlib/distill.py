@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import chain, flow, losses, ranks, sampling
-from .config import RANK, Progress, UserError, atomic
+from .config import RANK, SCRATCH, Progress, UserError, atomic
 from .latents import Batch, Latents
 from .sampling import clip_noise, denoiser
+from .train import code, fingerprint
 
 
 def load_pairs(path: Path) -> dict[str, Tensor]:
@@ -27,6 +28,12 @@ def load_pairs(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as e:
         raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage distillation)") from e
+
+
+def shared(teacher, p, *inputs: Path) -> Path:
+    """Where one notebook leaves this very teacher's solutions for another, hours at full size: another file for other weights, configuration, code or parameters."""
+    asked = [p.seed, p.pairs, p.pair_steps, p.pair_shift, p.guidance, p.batch, p.at_once]
+    return SCRATCH / f"pairs-{fingerprint(asked, chain.bare(teacher).config, *code(), *inputs)}.safetensors"
 
 
 def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) -> dict[str, Tensor]:

@@ -152,4 +152,8 @@ def flow_loss(dit, latents: Latents, sound: bool, levels: tuple[float, ...] = (1
             error = (made - flow.velocity(batch.z, eps)).square() * batch.weight
             total = total + error.mean((1, 2, 3, 4)) / batch.weight.mean((1, 2, 3, 4))
         return (total / len(levels)).cpu()
-    return torch.cat([ranks.spread(index, one) for index in torch.arange(len(latents)).split(batch_size)]).numpy()
+    progress, out = Progress(len(latents), "flow loss"), []
+    for index in torch.arange(len(latents)).split(batch_size):
+        out.append(ranks.spread(index, one))
+        progress.step(len(index))
+    return torch.cat(out).numpy()

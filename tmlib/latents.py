@@ -1,7 +1,10 @@
 """What the DiT trains on: latents, conditions and tokens of whole splits, and the batches cut from them."""
 import hashlib
 import json
+import mmap
 import os
+import shutil
+import warnings
 import zlib
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ranks
-from .config import SCRATCH, Progress, UserError, atomic
+from .config import SCRATCH, Progress, UserError, atomic, resumable
 from .data import STYLES, Clips, box_map, eye_box, per_latent, to_float
 from .vae import i2v_condition
 
@@ -155,6 +158,17 @@ def layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + x["data_offsets"][0] for name, x in head.items()}
 
 
+def publish(work: Path, folder: Path) -> None:
+    """The finished splits as `folder` too, all or none, without writing them again where files can be linked; `work` stays, for a stage that fails later."""
+    def same(source, target):
+        try:
+            os.link(source, target)
+        except OSError:                          # another disk, or one without links
+            shutil.copyfile(source, target)
+    with atomic(folder) as whole:                # DVC clears away what is half there
+        shutil.copytree(work, whole, copy_function=same)
+
+
 def work_folder(p, *inputs: Path) -> Path:
     """Where splits wait for one another: another folder for other parameters, other code, or other inputs, files or folders of files.
 
@@ -163,18 +177,36 @@ def work_folder(p, *inputs: Path) -> Path:
     code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     files = [path for given in inputs for path in (sorted(given.iterdir()) if given.is_dir() else [given])]
     known = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return SCRATCH / f"latents-{hashlib.sha256(repr((vars(p), known, code)).encode()).hexdigest()[:12]}"
+    return resumable(SCRATCH / f"latents-{hashlib.sha256(repr((vars(p), known, code)).encode()).hexdigest()[:12]}")
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, to be read and never written to: they are a map of the file, of any size.
+
+    A map that may be written to, as `load_file` makes it, counts as memory, and Linux refuses one that is larger than all there is.
+    """
+    from safetensors import safe_open
+    with safe_open(path, "np"):                                          # its header is sound, and the file as long as that says
+        pass
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(start - 8))
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):                  # torch has no tensors that cannot be written to
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+    types = {name: dtype for dtype, name in DTYPES.items()}
+    part = lambda x: whole[start + x["data_offsets"][0]:start + x["data_offsets"][1]].view(types[x["dtype"]]).view(x["shape"])
+    return {name: part(x) for name, x in head.items() if name != "__metadata__"}
 
 
 class Latents:
-    """One split's latents and tokens; `batch(index)` cuts a `Batch`. The file is mapped: only what is cut is read."""
+    """One split's latents and tokens; `batch(index)` cuts a `Batch`. The file is `mapped`: only what is cut is read."""
 
     def __init__(self, path: Path):
-        from safetensors.torch import load_file
         if not Path(path).exists():
             raise UserError(f"{path} is missing: run `make repro` (stage latents)")
         try:
-            self.store = load_file(path)
+            self.store = mapped(path)
         except Exception as e:
             raise UserError(f"{path} cannot be read ({type(e).__name__}): delete it and run `make repro` (stage latents)") from e
 

@@ -106,7 +106,7 @@ def _close(streams: dict) -> list:
     closed = [streams.pop(name) for name in ("stdout", "stderr") if name in streams]
     for output in closed:
         lines = output.text.splitlines(keepends=True)
-        output.text = LIBRARY.sub("", ADDRESS.sub("0x0", "".join(line for line in lines if config.Progress.UNIT not in line)))
+        output.text = LIBRARY.sub("", ADDRESS.sub("0x0", "".join(line for line in lines if config.Progress.UNIT not in line and not line.startswith(config.NOTE))))
     return [output for output in closed if output.text]
 
 

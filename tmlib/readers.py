@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, atomic
-from .hub import link
+from .hub import find_part, link, weight_files
 
 TRUTHS = ("opening", "width", "rounding")
 
@@ -96,12 +96,19 @@ def at_64(frames: Tensor) -> Tensor:
     return frames if frames.shape[-1] == 64 else F.interpolate(frames, size=(64, 64), mode="area")
 
 
+def encoders(source) -> None:
+    """UserError if one of a public model's two encoders, UMT5 and CLIP, is not there and whole, before a stage that links to them ends well."""
+    for part, beside, needs in (("text_encoder", "tokenizer", "tokenizer.json"), ("image_encoder", "image_processor", "preprocessor_config.json")):
+        weight_files(find_part(source, part)), find_part(source, beside, needs)
+
+
 def save_readers(lips: LipReader, face: FaceEncoder, folder: Path, pretrained: str | None = None) -> None:
     """Writes `readers.safetensors`; pretrained: where the DiT's image and text encoders lie (`conditions.load_conditions`)."""
     from safetensors.torch import save_file
     parts = {f"{name}.{k}": v.contiguous() for name, m in (("lips", lips), ("face", face)) for k, v in m.state_dict().items()}
     path = Path(folder) / "readers.safetensors"
     if pretrained:
+        encoders(pretrained)
         return link(path, pretrained, parts)
     with atomic(path) as tmp:
         save_file(parts, tmp)

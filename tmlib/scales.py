@@ -5,6 +5,7 @@ git: its own lock, cache and data. So choosing a scale never dirties the git tre
 other's results. `make repro SCALE=smoke` calls this, then runs DVC in there.
 """
 
+import filecmp
 import io
 import os
 import shutil
@@ -89,7 +90,7 @@ def mirror(scale: str, root: Path | None = None) -> Path:
     for name in set(before) - set(names) - {""}:
         (folder / name).unlink(missing_ok=True)
     for name in names:
-        _write_if_changed(folder / name, (root / name).read_bytes(), (root / name).stat().st_mode)
+        _copy_if_changed(root / name, folder / name)
     _write_if_changed(folder / "params.yaml", params.encode())
     settings = root / ".dvc" / "config"
     text = settings.read_text(encoding="utf-8") if settings.exists() else "[core]\n"
@@ -99,12 +100,19 @@ def mirror(scale: str, root: Path | None = None) -> Path:
     return folder
 
 
-def _write_if_changed(path: Path, content: bytes, mode: int = 0o644) -> None:
-    if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+def _copy_if_changed(source: Path, path: Path) -> None:
+    """Piece by piece: whatever a person left in the tree may be larger than memory."""
+    if path.is_file() and not path.is_symlink() and filecmp.cmp(source, path, shallow=False):
         return
     with config.atomic(path) as temporary:
-        temporary.write_bytes(content)
-        temporary.chmod(mode & 0o777)
+        shutil.copyfile(source, temporary)
+        temporary.chmod(source.stat().st_mode & 0o777)
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        with config.atomic(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def main() -> None:

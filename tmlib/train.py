@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import chain, flow, losses, ranks
-from .config import SCRATCH, Progress, atomic
+from .config import SCRATCH, Progress, atomic, note, resumable
 from .latents import Latents
 from .muon import Muon
 from .sampling import denoiser
@@ -79,8 +80,21 @@ def fingerprint(*things) -> str:
 
 def state_folder(stage: str, params, *inputs: Path) -> Path:
     """Where a stage keeps its resume state: keyed by parameters, this library's code, the notebook's and the input files."""
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    return SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code, *inputs)}"
+    return resumable(SCRATCH / f"{stage}-{fingerprint(params, os.environ.get('TM_NOTEBOOK'), *code(), *inputs)}")
+
+
+def code() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.py"))
+
+
+def once(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """make(), arrays by name; or what it made before a restart, of which `path` (.npz), in the resume state, is kept. Every rank must ask."""
+    if path.exists():
+        return dict(np.load(path))
+    made = make()
+    with atomic(path) as temporary:                                          # once all ranks have seen that it is missing: they make it together
+        np.savez(temporary, **made)
+    return made
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -182,6 +196,9 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
     step, history, recent = load_state(folder, players)
     if step:
         print(f"{what}: going on from step {step} of {steps}", flush=True)
+    elif others := {path.stem.rpartition("-")[2] for path in Path(folder).glob("state-*-0-of-*.pt")} - {str(ranks.WORLD)}:
+        note(f"{what} begins at step 0: the state in {folder} is of {' or '.join(sorted(others))} processes, and this run has {ranks.WORLD}. "
+             "To go on from it, set `processes` in params.yaml back; or delete it")
     progress, saved, pause = Progress(steps, what, start=step), time.monotonic(), 0.06 / save_share
     while step < steps:
         if ranks.agreed(time.monotonic() - saved > pause)[0]:                # rank 0's clock counts
@@ -208,6 +225,24 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
         p.model.zero_grad(set_to_none=True)
         p.optimisers, p.average = [], {}                                     # what comes next may need the room
     return history
+
+
+def least_memory(dit: nn.Module, shape: tuple[int, ...], batch: int, trained: int = 1, averaged: int = 1, frozen: int = 0, graphs: int = 1) -> int:
+    """Bytes that training takes on this process's GPU at the very least: weights, gradients, moments, averages, and the inputs of blocks that are computed again.
+
+    shape: (16, F, h, w) of a clip's latents; batch: clips at once. The rest as in `plan.training_memory`, which counts all of it.
+    """
+    weights = sum((p.to_local() if ranks.in_pieces(p) else p).numel() for p in dit.parameters())
+    tokens = math.prod(shape[1:]) // math.prod(dit.config.patch_size)
+    return 4 * weights * (4 * trained + averaged + frozen) + 2 * graphs * dit.config.num_layers * batch * tokens * dit.config.dim
+
+
+def heed_memory(what: str, dit: nn.Module, *args, **how) -> None:
+    """A line at once if `least_memory` is more than the GPU has: the stage may run out of it after hours."""
+    if torch.device(dit.device).type == "cuda":
+        least, there = least_memory(dit, *args, **how) / 1e9, torch.cuda.get_device_properties(0).total_memory / 1e9
+        if least > there:
+            note(f"{what} will run out of memory: it takes more than {least:.0f} GB on each GPU, and this one has {there:.0f} GB; use larger cards, or more of them (`processes` in params.yaml)")
 
 
 def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,15 +33,20 @@ SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 ARRAYS = ("frames", "wave", "truth", "speaking", "mouth", "face")
 
 
-def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, scratch, judged: tuple[str, ...] = ()) -> dict[str, dict]:
+def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, scratch, judged: tuple[str, ...] = (),
+            most: dict[str, int | None] | None = None) -> dict[str, dict]:
     """Clips of all videos below `folder`, as splits below `out`, and out/unusable.json; returns how much each split holds.
 
-    shares: split -> share of the people. scratch: where finished videos wait for the others; emptied at the end.
+    shares: split -> share of the people. scratch: where finished videos wait for the others, until `finish`.
     judged: splits on which lips are scored, and which must hold some that speak; too few, and UserError, with nothing lost.
+    most: split -> clips that it keeps at most (see `first`); without a number, all.
     """
-    folder, out, scratch = Path(folder).expanduser(), Path(out), Path(scratch)
-    names = listing(folder)
-    parts = {name: scratch / key(folder / name, name, s) for name in names}
+    folder, out, scratch, most = Path(folder).expanduser(), Path(out), Path(scratch), most or {}
+    for each, n in most.items():
+        if each not in shares or n is not None and n < 1:
+            raise UserError(f"params.yaml: data.most: {each}: {n}; give splits of data.shares ({', '.join(shares)}) a number of clips above 0, or null for all")
+    parts = places(folder, s, scratch)
+    names = list(parts)
     sweep(scratch), sweep(out)
     todo = [(folder / name, part, s) for name, part in parts.items() if not (part / "part.json").exists()]
     if len(todo) < len(names):
@@ -54,18 +58,27 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
     reasons = [{"video": name, **why} for name in names for why in found[name]["unusable"]]
     config.save_json(out / "unusable.json", {"unusable": reasons})
     split = divide(sorted({person(name) for name in names if found[name]["clips"]}), shares, folder)
-    whose = {each: [name for name in names if split.get(person(name)) == each and found[name]["clips"]] for each in shares}
+    orders = {each: first(most.get(each), mixed((name, i) for name in names if split.get(person(name)) == each for i in range(len(found[name]["clips"]))))
+              for each in shares}
     for each in judged:
-        enough([clip for name in whose[each] for clip in found[name]["clips"]], each, folder)
+        enough([found[name]["clips"][i] for name, i in orders[each]], each, folder)
     numbers = {}
-    for each, mine in whose.items():
-        order = mixed((name, i) for name in mine for i in range(len(found[name]["clips"])))
+    for each, order in orders.items():
         made = (stored(parts[name], i, found[name]["clips"][i], name, each, s) for name, i in order)
         numbers[each] = save_split(out, each, len(order), made)
-    for part in parts.values():
-        (part / "part.json").unlink()            # first, for what is removed by halves must not count as done
-        shutil.rmtree(part)
     return numbers
+
+
+def places(folder: Path, s: Settings, scratch: Path) -> dict[str, Path]:
+    """Where what is cut from each video waits for the others."""
+    return {name: scratch / key(folder / name, name, s) for name in listing(folder)}
+
+
+def finish(folder, s: Settings, scratch) -> None:
+    """The splits are written and checked: what `collect` kept to make them may go."""
+    for part in places(Path(folder).expanduser(), s, Path(scratch)).values():
+        (part / "part.json").unlink(missing_ok=True)         # first, for what is removed by halves must not count as done
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def settings(p) -> Settings:
@@ -91,6 +104,11 @@ def person(name: str) -> str:
     return name.rpartition("/")[0] or name
 
 
+def number(person: str) -> int:
+    """A person's identity: 48 bits, which JSON and sums in float64 hold exactly; thousands of people have different ones."""
+    return int(hashlib.sha256(person.encode()).hexdigest()[:12], 16)
+
+
 def divide(people: list[str], shares: dict[str, float], folder: Path) -> dict[str, str]:
     """Who goes into which split: in an order that depends on the names alone, cut by the shares, one person each at least."""
     if len(people) < len(shares):
@@ -108,11 +126,21 @@ def mixed(clips: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     return sorted(clips, key=lambda clip: hashlib.sha256(repr(clip).encode()).hexdigest())
 
 
+def first(n: int | None, order: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """n clips of these (None: all), in their order: everybody's first before anybody's second, so that few clips are of many people."""
+    met, turn = Counter(), {}
+    for clip in order:
+        turn[clip] = met[person(clip[0])]
+        met[person(clip[0])] += 1
+    kept = set(sorted(order, key=turn.get)[:n])
+    return [clip for clip in order if clip in kept]
+
+
 def enough(metas: list[dict], split: str, folder: Path) -> None:
     speak = sum(meta["kind"] == "speaking" for meta in metas)
     if speak < len(STYLES):                                                   # as many are shown, and scored with intervals
         raise UserError(f"{folder}: the split {split} needs {len(STYLES)} clips in which somebody speaks, and has {speak}; add videos, or give "
-                        "it a larger share (data.shares in params.yaml); what is cut already is kept")
+                        "it more (data.shares, data.most in params.yaml); what is cut already is kept")
 
 
 # ---------------------------------------------------------------------------------------------------- video by video
@@ -140,7 +168,7 @@ def stored(part: Path, i: int, meta: dict, name: str, split: str, s: Settings) -
     shape = {"split": split, "style": None, "frames": s.frames, "fps": s.fps, "size": s.size}
     with np.load(part / f"{i}.npz") as arrays:
         clip = Clip(**{name: arrays[name] for name in ARRAYS}, phones=[], voice="")
-    return clip, {**shape, **meta, "identity": zlib.crc32(person(name).encode()), "source": name}
+    return clip, {**shape, **meta, "identity": number(person(name)), "source": name}
 
 
 def done(todo: list, workers: int) -> Iterator[None]:
@@ -189,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--frames {args.frames} must be 4 k + 1, --size {args.size} a multiple of 16, --workers at least 1")
     p.frames, p.size = args.frames, args.size
     shares = {args.only: 1.0} if args.only else p.shares
-    numbers = collect(args.folder, args.out, settings(p), shares, args.workers, config.SCRATCH / "videos")
+    numbers = collect(args.folder, args.out, settings(p), shares, args.workers, config.SCRATCH / "videos", most=None if args.only else p.most)
+    finish(args.folder, settings(p), config.SCRATCH / "videos")
     unusable = config.load_json(Path(args.out) / "unusable.json")["unusable"]
     each = ", ".join(f"{split} {n['clips']}" for split, n in numbers.items())
     print(f"{args.out}: {sum(n['clips'] for n in numbers.values())} clips ({each}), {len(unusable)} videos or stretches unusable")

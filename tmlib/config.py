@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -118,6 +119,9 @@ def seed_everything(seed: int, threads: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- files
+HALF = re.compile(r"\..+\.\d+\.part(\.[^.]+)?")        # names that `atomic` gives to what is half-written
+
+
 @contextmanager
 def atomic(path, every_rank: bool = False):
     """Yield a temporary path beside `path` (same suffix); rename it on success, remove it on failure.
@@ -127,7 +131,7 @@ def atomic(path, every_rank: bool = False):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")      # as HALF
     _remove(temporary)
     try:
         yield temporary

@@ -42,6 +42,8 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
     """
     folder, out, scratch = Path(folder).expanduser(), Path(out), Path(scratch)
     names = listing(folder)
+    for each in shares:
+        replaceable(out / each)
     parts = {name: scratch / key(folder / name, name, s) for name in names}
     sweep(scratch), sweep(out)
     todo = [(folder / name, part, s) for name, part in parts.items() if not (part / "part.json").exists()]
@@ -169,9 +171,16 @@ def follow() -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written (`config.atomic` names it so)."""
+    """Remove what a killed run left half-written, and nothing else: the folder may be anybody's."""
     for half in folder.glob(".*.part*") if folder.is_dir() else ():
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
+        if config.HALF.fullmatch(half.name):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
+
+
+def replaceable(split: Path) -> None:
+    """UserError for a folder that the new split would replace and that is none."""
+    if split.exists() and not (split / "clips.json").exists() and not (split.is_dir() and not any(split.iterdir())):
+        raise UserError(f"{split}: is there already and holds no clips, and the split would replace it; give another --out, or move it away")
 
 
 # ---------------------------------------------------------------------------------------------------------- command

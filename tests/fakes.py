@@ -46,9 +46,12 @@ class HungryVAE(FakeVAE):
 class BrokenVAE(FakeVAE):
     """Fails by a mistake of its own at the third chunk."""
 
+    def __init__(self, error):
+        self.error = error
+
     def decode(self, z, cache=None):
         if cache == 6:
-            raise KeyError("no such weight")
+            raise self.error
         return super().decode(z, cache)
 
 

@@ -3,6 +3,7 @@
 Processes are really killed here. No timing decides anything: a wait ends when what it waits for has happened.
 """
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,9 +279,11 @@ def test_enough_sound_is_kept_even_if_resuming_was_an_afterthought(expected, mon
     assert same(got + [chunk.frames for chunk in streamer.resume()], expected)
 
 
-def test_a_mistake_in_the_worker_is_told():
-    with make("two_process", BrokenVAE()) as streamer:
-        assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "process failed: KeyError: 'no such weight'")) == 2
+@pytest.mark.parametrize("error", [KeyError("no such weight"), FileNotFoundError(2, "no such file", "c++")], ids=["of python", "of the system"])
+def test_a_mistake_in_the_worker_is_told(error):
+    with make("two_process", BrokenVAE(error)) as streamer:
+        told = re.escape(f"process failed: {type(error).__name__}: {error}")
+        assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), told)) == 2
         assert until(lambda: not streamer.worker.process.is_alive())
 
 

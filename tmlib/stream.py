@@ -7,7 +7,8 @@
 
 - Where its two stages run is `placement`'s matter; a live call's sound is `sound.LiveSound`.
 - Prompts and pictures may change while it runs; they take effect at the next chunk's border.
-- Every failure ends the stream with one UserError; what was delivered stays valid, and a resumable stream goes on from there.
+- No memory left, a source of sound or a decoder's process that fails: one UserError ends the stream. What was delivered stays valid, and a
+  resumable stream goes on from there. Any other mistake in this process shows itself as it is.
 """
 
 import threading
@@ -148,7 +149,7 @@ class Streamer:
         image: uint8 (H, W, 3). audio_chunks: an iterable of float waveforms (n,), mono 16 kHz, of any sizes, endless if you
         like, or a LiveSound; silence is added at its end until the last sample has its frame. text (1, tokens, D): the prompt;
         listening: the prompt of chunks whose sound is digital silence (None: the same). image_tokens (1, tokens, D), audio_mask
-        (h, w) in token units. Raises UserError for a bad picture or bad sound, and for whatever ends a stream early.
+        (h, w) in token units. Raises UserError for a bad picture or bad sound, no memory left, and a decoder's process that ends.
         """
         given = dict(text=text, listening=listening, image_tokens=image_tokens, audio_mask=audio_mask)
         with closing(self.chunks(image, audio_chunks, **given)) as chunks:

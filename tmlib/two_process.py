@@ -218,8 +218,8 @@ def serve(vae, pipe, folder, device, nccl, threads):
             for chunk in ahead(decoded(arriving, vae, save, unpacked(past, device)), 1, device, "vae"):
                 give_back(pipe, chunk)
             pipe.send(None)                                  # all of this stream
-    except (EOFError, OSError):
-        return                                               # the other side has closed
+    except (EOFError, ConnectionError):
+        return                                               # the other side has closed the pipe
     except UserError as error:
         pipe.send(str(error))
     except Exception as error:

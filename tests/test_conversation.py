@@ -298,7 +298,7 @@ def test_who_breaks_in_twice_cuts_the_answer_that_was_given():
     def stuck(wave):
         yield utterance(SAID, "one two three four")
         show(c, 14)
-        c.hear(BEGIN), c.hear(TURN), c.hear(BEGIN)                            # before it is asked for more
+        c.hear(BEGIN), show(c, 20), c.hear(TURN), c.hear(BEGIN)               # before it is asked for more; the voice is silent since long
         yield utterance(SAID)
     c.partner.reply = stuck
     c.hear(BEGIN), c.hear(TURN), answer(c)

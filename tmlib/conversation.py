@@ -273,12 +273,12 @@ class Conversation:
         self.changed.set()
 
     def heard_of(self, answer: int) -> str:
-        """The words of an answer that are shown by now, each line's by their share of its time."""
+        """The words of an answer that are shown by now, or until it was interrupted, each line's by their share of its time."""
         out, now = [], self.next * FRAME
         for line in self.lines:
             if line.answer == answer:
                 words = line.text.split()
-                out += words[:round(len(words) * min(max((now - line.start) / len(line.wave), 0.0), 1.0))]
+                out += words[:round(len(words) * max(min(now, line.end) - line.start, 0) / len(line.wave))]
         return " ".join(out)
 
     def note(self, kind: str, text: str = "") -> None:

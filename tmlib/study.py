@@ -67,6 +67,10 @@ def key_of(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.key.json"
 
 
+def counted_of(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.counted.json"
+
+
 def free(folder: Path) -> None:
     """UserError if a study, or anything else, would be written over: votes cannot be counted without their key."""
     if not folder.name:
@@ -233,7 +237,7 @@ def _count(args) -> int:
     from .claims import CLAIMS
     found, needed = count(args.folder, args.votes), next(bar.bar for bar in CLAIMS["N3"].bars if bar.key == "voters")
     own = "scale" in found                                      # videos of this workbook's student: N3 is about no other's
-    config.save_json(out := config.METRICS / "user_study.json" if own else Path(args.folder).with_suffix(".counted.json"), found)
+    config.save_json(out := config.METRICS / "user_study.json" if own else counted_of(Path(args.folder)), found)
     print(f"{out}: {100 * found['preference']:.0f} % ({100 * found['preference_lo']:.0f} to {100 * found['preference_hi']:.0f}) would rather watch ours than "
           f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties."
           + (" For N3 in the report: dvc repro --force --single-item report" if own else ""))

@@ -1,10 +1,12 @@
 """faults: what it breaks really breaks, frames are really compared, and the command says what it found. No time is judged here."""
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from fakes import IMAGE, PROMPT, FakeEars, FakeVAE
+from fakes import IMAGE, PROMPT, FakeEars, FakeVAE, until
 from tiny import make_dit
 
 from tmlib import faults
@@ -37,6 +39,32 @@ def test_killed_deaf_and_given_up_are_timed_and_checked():
 def test_a_stream_must_break():
     with pytest.raises(UserError, match="as if nothing had happened"):
         faults.until_told(iter([1, 2]), [])
+
+
+def python(code):
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_process_is_gone_before_it_is_buried():
+    process = python("import time; time.sleep(60)")
+    assert not faults.gone(process.pid)
+    process.kill()
+    assert process.stdout.read() == "" and until(lambda: faults.gone(process.pid))      # a zombie: nobody has waited for it
+    process.wait()
+    assert faults.gone(process.pid)
+
+
+def test_a_victim_that_fails_and_a_decoder_that_lives_on_are_told(monkeypatch):
+    with pytest.raises(UserError, match=r"ended by itself \(status 3\)"):
+        faults.killed(python("raise SystemExit(3)"))
+    decoder = python("import time; time.sleep(60)")
+    victim = lambda: python(f"import time; print({decoder.pid}, flush=True); time.sleep(60)")
+    monkeypatch.setattr(faults, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=f"process {decoder.pid} still runs"):
+        faults.killed(victim())
+    decoder.kill()
+    decoder.wait()
+    assert faults.killed(victim()) < 60
 
 
 def test_the_command_says_what_took_too_long(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE
+from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE, until
 from tiny import make_dit, stir
 
 from tmlib import config, placement
@@ -36,13 +36,6 @@ def speak(streamer, wave=WAVE):
 
 def same(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.fixture(scope="module")

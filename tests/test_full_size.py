@@ -21,6 +21,7 @@ from tmlib import conditions, config, distill, flow, hub, plan, ranks, readers, 
 from tmlib.data import Clips
 from tmlib.dit import VARIANTS, WanDiT
 from tmlib.latents import Latents, encode_split
+from tmlib.pretrain import flow_matching_loss
 from tmlib.stream import Streamer
 from tmlib.train import Optim, Player
 
@@ -147,13 +148,13 @@ def test_every_stage_takes_steps_and_the_student_streams(world, tmp_path):
 
     # stage 1: the picture comes alive, without sound
     p = section("adaptation", **short)
-    [moved] = trained([Player("dit", dit, train.flow_matching_loss(dit, latents, p), Optim(**p.optim))], 2, tmp_path, "adaptation")
+    [moved] = trained([Player("dit", dit, flow_matching_loss(dit, latents, p), Optim(**p.optim))], 2, tmp_path, "adaptation")
     assert "blocks.1.attn1.to_q.weight" in moved and "blocks.1.attn2.add_k_proj.weight" in moved and not any("audio_k" in n for n in moved)
     dit.save_pretrained(models / "adapted")
 
     # stage 2: it hears
     p, dit = section("teacher", **short), WanDiT.from_pretrained(models / "adapted")
-    [moved] = trained([Player("dit", dit, train.flow_matching_loss(dit, latents, p), Optim(**p.optim))], 3, tmp_path, "teacher")
+    [moved] = trained([Player("dit", dit, flow_matching_loss(dit, latents, p), Optim(**p.optim))], 3, tmp_path, "teacher")
     assert "blocks.0.attn2.audio_out.weight" in moved and "audio_embedder.proj.net.2.weight" in moved
     dit.save_pretrained(models / "teacher")
 

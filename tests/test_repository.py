@@ -30,7 +30,7 @@ ALLOWED = {
     "losses": "flow", "readers": "attention hub weights", "data": "recited speech avatar", "demo": "data scales", "latents": "data ranks vae", "muon": "ranks", "unet": "flow hub layers ranks vae",
     "chain": "dit flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain dit vae audio flow attention placement sound two_process", "sampling": "chain flow latents dit ranks",
-    "train": "chain latents losses muon flow ranks sampling",
+    "train": "muon ranks", "pretrain": "chain flow latents losses ranks sampling",
     "distill": "chain latents flow losses ranks sampling train", "evaluate": "data latents flow metrics ranks readers sampling",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
@@ -265,7 +265,8 @@ def test_stages_depend_on_all_that_their_notebooks_use():
         while more := {used for module in needed for used in graph.get(module, ())} - needed:
             needed |= more
         needed = {source, *(f"tmlib/{module}.py" for module in needed)}
-        missing = needed - set(named(stage.get("deps")))
+        deps = set(named(stage.get("deps")))
+        missing = needed - deps
         from tmlib import notebook
 
         sections = {section or notebook.parameters(ROOT / source)["section"], "common"}
@@ -275,8 +276,10 @@ def test_stages_depend_on_all_that_their_notebooks_use():
         if output not in named(stage.get("outs")):
             missing.add(f"outs: {output}")
         if missing:
-            problems.append(f"{name}: {', '.join(sorted(missing))}")
-    assert not problems, "dvc.yaml lacks\n" + "\n".join(problems)
+            problems.append(f"{name} lacks {', '.join(sorted(missing))}")
+        if unused := {dep for dep in deps if re.fullmatch(r"tmlib/\w+\.py", dep)} - needed:
+            problems.append(f"{name} would run again for {', '.join(sorted(unused))}")
+    assert not problems, "\n".join(["dvc.yaml:", *problems])
 
 
 def test_every_notebook_of_the_pipeline_is_a_stage():

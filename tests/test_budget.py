@@ -11,7 +11,7 @@ from tmlib.config import UserError
 
 def test_the_scale_gpu_fits_its_card_and_its_minutes():
     params = budget.read("gpu")
-    assert plan.parameters(plan.build(params["teacher"]["variant"])) >= 1e8 and params["data"]["size"] >= 256 and params["common"]["device"] == "cuda"
+    assert plan.parameters(plan.build(params["base"]["variant"])) >= 1e8 and params["data"]["size"] >= 256 and params["common"]["device"] == "cuda"
     found = budget.stages(params)
     minutes = {stage: whole * 1e12 / budget.RATE / 60 for stage, (_, _, whole, _) in found.items()}
     assert max(*(minutes[stage] for stage in ("base", "adaptation", "teacher", "plain")), minutes["regression"] + minutes["matching"]) < 8    # of 10: pictures too

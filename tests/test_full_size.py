@@ -44,9 +44,8 @@ def test_the_scale_fits_the_model():
     assert (4 + 2 * ears.context) * ears.per_frame == variant["audio_tokens"]
     assert 17.5e9 < plan.parameters(plan.build(section("base").variant)) < 18.5e9
     assert videos.settings(data).frames == 81
-    for stage in ("base", "adaptation", "teacher"):
-        p = section(stage)
-        assert p.prior is False and p.variant == "talkingmachines-18b" and (p.pretrained or Optim(**p.optim).muon == 0)
+    assert section("base").prior is False and section("base").variant == "talkingmachines-18b"
+    assert all(Optim(**section(stage).optim).muon == 0 for stage in ("adaptation", "teacher"))
     p = section("distillation")
     assert p.steps == 2 and len(flow.timesteps(p.steps, p.shift)) == 2 and p.cache == "per_step"
     assert [Optim(**o).lr for o in (p.student_optim, p.critic_optim)] == [2e-6, 4e-7]

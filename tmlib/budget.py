@@ -25,7 +25,7 @@ def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
     """{stage: (steps, TFLOP of a step, TFLOP in all, GB at its peak)} of the DiT's training on one GPU."""
     size, chunk, width = params["data"]["size"], params["common"]["chunk"], 2 if params["common"]["bf16"] else 4
     frames, d = (params["data"]["frames"] - 1) // plan.STRIDE + 1, params["distillation"]
-    dit = plan.build(params["teacher"]["variant"], chunk=chunk)
+    dit = plan.build(params["base"]["variant"], chunk=chunk)
     rows, columns = plan.tokens_of(dit.config, str(size))
     passes = plan.stage_passes(d["steps"], d["real_ratio"])
     cost = lambda what, batch: plan.training_flops(dit.config, rows * columns, what, frames, batch, checkpointing=False) / 1e12
@@ -46,7 +46,7 @@ def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
 def report(scale: str, rate: float) -> None:
     params = read(scale)
     table = {stage: [str(steps), step, whole / 1000, whole * 1e12 / rate / 60, peak] for stage, (steps, step, whole, peak) in stages(params).items()}
-    plan.show(f"Training the DiT at the scale {scale}: {params['teacher']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
+    plan.show(f"Training the DiT at the scale {scale}: {params['base']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
               table, ["steps", "TFLOP a step", "PFLOP", f"min at {rate / 1e12:.0f} TFLOP/s (assumed)", "GB"])
 
 

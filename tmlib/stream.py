@@ -79,7 +79,7 @@ class Streamer:
     """A talking face for ever: `for frames in streamer.stream(image, audio_chunks)` yields uint8 (t, H, W, 3), chunk by chunk.
 
     dit, vae, audio_encoder: see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens, lookahead_samples).
-    Memory and time per chunk do not grow. steps and shift, or `timesteps` outright; chunk, cache, guidance: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
+    Memory and time per chunk do not grow. steps and shift, or `timesteps` outright; chunk, cache: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
     placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
     one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
     of the previous chunk's K/V: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more

@@ -4,6 +4,10 @@ import time
 
 import numpy as np
 import torch
+from tiny import make_dit
+
+from tmlib import flow
+from tmlib.stream import Streamer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 WAVE = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
@@ -70,6 +74,13 @@ class FakeEars:
         assert edges[0] >= 0 and edges[-1] + self.lookahead_samples <= len(wave)
         sums = [wave[a:b].sum() for a, b in itertools.pairwise(edges)]
         return torch.tensor(sums, dtype=torch.float32)[:, None, None] / 50 * torch.eye(1, 6) + torch.arange(6.0).repeat(n, 4, 1)
+
+
+TIMES = flow.timesteps(2, 5)
+
+
+def make_streamer(vae=None, placement="serial", dit=None, ears=None, **more):
+    return Streamer(dit or make_dit(), vae or FakeVAE(), ears or FakeEars(), placement, timesteps=TIMES, **more)
 
 
 def until(condition, seconds=60):

@@ -4,10 +4,10 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import fakes
 import numpy as np
 import pytest
-from fakes import IMAGE, PROMPT, WAVE, FakeEars, SharpVAE
-from tiny import make_dit
+from fakes import IMAGE, PROMPT, WAVE, SharpVAE
 
 from tmlib import conversation, speech
 from tmlib.config import UserError
@@ -15,13 +15,12 @@ from tmlib.conversation import FADE, Conversation
 from tmlib.ear import WINDOW, Ear
 from tmlib.placement import Chunk
 from tmlib.sound import FRAME, Sound
-from tmlib.stream import Streamer
 
 SAID = WAVE[:23_456]                             # an answer
 
 
 def make_streamer(**more):
-    return Streamer(make_dit(), SharpVAE(), FakeEars(), **{"undo": 1, **more})
+    return fakes.make_streamer(SharpVAE(), **{"undo": 1, **more})
 
 
 def utterance(wave, text="one two three four"):

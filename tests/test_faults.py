@@ -6,12 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from fakes import IMAGE, PROMPT, FakeEars, FakeVAE, until
-from tiny import make_dit
+from fakes import IMAGE, PROMPT, make_streamer, until
 
 from tmlib import faults
 from tmlib.config import UserError
-from tmlib.stream import Streamer
 
 
 class Fakes(faults.Stage):
@@ -19,10 +17,10 @@ class Fakes(faults.Stage):
 
     def __init__(self, folder=None):
         self.picture, self.piece = IMAGE, np.random.default_rng(0).standard_normal(12_000).astype(np.float32)
-        self.expected = list(itertools.islice(self.begin(Streamer(make_dit(), FakeVAE(), FakeEars())), 2 * faults.GOOD))
+        self.expected = list(itertools.islice(self.begin(make_streamer()), 2 * faults.GOOD))
 
     def streamer(self, placement="two_process", vae=None):
-        return Streamer(make_dit(), vae or FakeVAE(), FakeEars(), placement, resumable=True)
+        return make_streamer(vae, placement, resumable=True)
 
     def begin(self, streamer, sound=None):
         return streamer.stream(self.picture, self.sound() if sound is None else sound, **PROMPT)

@@ -175,6 +175,6 @@ def test_every_stage_takes_steps_and_the_student_streams(world, tmp_path):
     clips = Clips(world / "clips", "train")
     student = WanDiT.from_pretrained(models / "student").eval().requires_grad_(False)
     batch = latents.batch([0])
-    streamer = Streamer(student, wan_vae.load_codec(world / "models"), wav2vec.load_speech(world / "models"), steps=p.steps, shift=p.shift, cache=p.cache)
+    streamer = Streamer(student, wan_vae.load_codec(world / "models"), wav2vec.load_speech(world / "models"), timesteps=flow.timesteps(p.steps, p.shift), cache=p.cache)
     made = list(streamer.stream(clips.frames[0][0], clips.wave(0), text=batch.text, image_tokens=batch.image, audio_mask=batch.face[0, 0]))
     assert [len(f) for f in made] == [1] + [4] * 6 and np.concatenate(made).shape == (25, 32, 32, 3) and np.concatenate(made).std() > 1

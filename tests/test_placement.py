@@ -13,21 +13,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE, until
-from tiny import make_dit, stir
+from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE, make_streamer, until
+from tiny import stir
 
 from tmlib import config, placement
 from tmlib.config import UserError
 from tmlib.faults import gone
 from tmlib.placement import PLACEMENTS, ahead
-from tmlib.stream import Streamer
 from tmlib.vae import VAEConfig, VideoVAE
 
 HERE = [p for p in PLACEMENTS if p != "two_process"]
 
 
 def make(placement="serial", vae=None, **more):
-    return Streamer(make_dit(), vae or FakeVAE(), FakeEars(), placement=placement, **more)
+    return make_streamer(vae, placement, **more)
 
 
 def speak(streamer, wave=WAVE):

@@ -105,11 +105,9 @@ def test_the_fast_forms_are_for_a_gpu_and_change_what_a_stream_runs_on():
 
 
 def test_warming_is_silence_until_a_stream_is_steady():
-    from fakes import IMAGE, PROMPT, FakeEars, FakeVAE
+    from fakes import IMAGE, PROMPT, make_streamer
     from tiny import make_dit
-
-    from tmlib.stream import Streamer
-    streamer = Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars())
+    streamer = make_streamer(dit=make_dit(num_layers=1))
     talk.warm(streamer, IMAGE, **PROMPT)
     assert streamer.take.index == 10 and not streamer.take.sound.wave.any()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tiny import make_dit, make_latents
-from tmlib import config, losses, train
+from tmlib import train
 from tmlib.audio import SpeechEncoder
 from tmlib.pretrain import flow_matching_loss
 from tmlib.train import Optim, Player, fingerprint, generator, schedule

@@ -133,10 +133,11 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
 
 def warm(streamer, image: np.ndarray, **conditions) -> None:
     """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
+    from .attention import WINDOW
     silence = itertools.repeat(np.zeros(streamer.chunk * 4 * FRAME, np.float32))
     with closing(streamer.stream(image, silence, **conditions)) as frames:
         next(frames)
-        while streamer.take.index < math.ceil(streamer.window / streamer.chunk) + 3:
+        while streamer.take.index < math.ceil(WINDOW / streamer.chunk) + 3:
             next(frames)
 
 

@@ -156,7 +156,7 @@ def test_the_answer_is_that_of_one_plain_generate(random, seconds, clause):
     assert len(ids) > 20 and len(spoken) > 1
     assert " ".join(u.text for u in spoken) == speakable(whole) == random.history[-1].answer
     for u in spoken:
-        assert u.wave.dtype == np.float32 and len(u.wave) > 1000 and u.phones[-1].end == pytest.approx(len(u.wave) / RATE) and u.voice == VOICE.name
+        assert u.wave.dtype == np.float32 and len(u.wave) > 1000 and u.phones[-1].end == pytest.approx(len(u.wave) / RATE)
 
 
 def test_what_is_heard_makes_the_answer(random):

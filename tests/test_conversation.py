@@ -24,7 +24,7 @@ def make_streamer(**more):
 
 
 def utterance(wave, text="one two three four"):
-    return speech.Utterance(wave, (speech.Phone("sil", 0.0, len(wave) / speech.RATE),), text, "")
+    return speech.Utterance(wave, (speech.Phone("sil", 0.0, len(wave) / speech.RATE),), text)
 
 
 class Partner:

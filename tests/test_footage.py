@@ -98,7 +98,7 @@ def test_who_speaks_when(tmp_path):
 
 
 def test_walking_out_of_the_picture():
-    look = lambda x: [faces.Face(np.float32([x, 100, x + 100, 200]), np.zeros((2, 2)), 0.9)]
+    look = lambda x: [faces.Face(np.float32([x, 100, x + 100, 200]), np.zeros((2, 2)))]
     still = footage.framing([look(250)] * 5, 400, 640, 1.0, S)
     np.testing.assert_allclose(still, [300 - 110, 150 - 110, 220])                         # 2.2 faces, around the face
     np.testing.assert_allclose(footage.framing([look(250)] * 5, 800, 1280, 2.0, S), 2 * still)

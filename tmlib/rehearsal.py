@@ -22,7 +22,6 @@ class Turn:
     """What the caller says, and what becomes of it."""
     question: str
     answer: str                                  # the right one
-    kind: str
     wave: np.ndarray                             # float32 (n,)
     interrupts: bool = False                     # it breaks into the answer before
     frame: int | None = None                     # of the call, in which it begins

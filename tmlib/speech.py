@@ -63,7 +63,6 @@ class Utterance:
     wave: np.ndarray
     phones: tuple
     text: str
-    voice: str
 
 
 def synthesise(text, voice):
@@ -76,7 +75,7 @@ def synthesise(text, voice):
     if not len(samples):
         raise UserError(f"voice {voice.name} said nothing for {text!r}: use words that it can read")
     wave = normalise(resample(samples, rate, RATE))
-    return Utterance(wave, _tile([p for g in groups for p in spell(g)], len(wave) / RATE), text, voice.name)
+    return Utterance(wave, _tile([p for g in groups for p in spell(g)], len(wave) / RATE), text)
 
 
 def phone_ids(utterance, rate_hz, n):

@@ -196,7 +196,7 @@ def ballot(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tmlib.study", description="A blind side-by-side study: make its page, count its votes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = (one := commands.add_parser("make", help="write FOLDER, which voters get, and FOLDER.key.json, which they do not")).add_argument
+    add = commands.add_parser("make", help="write FOLDER, which voters get, and FOLDER.key.json, which they do not").add_argument
     add("folder", help="a new folder for the page and its videos")
     add("--clips", type=int, default=12, metavar="N", help="pairs, besides the checks (default 12)")
     add("--against", choices=("undistilled", "teacher"), default="undistilled",
@@ -204,7 +204,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--ours", metavar="DIR", help="compare videos of this folder instead ...")
     add("--theirs", metavar="DIR", help="... with those of the same names in this one")
     add("--real", metavar="DIR", help="with them: true recordings, for the checks")
-    add = (two := commands.add_parser("count", help="votes -> reports/metrics/user_study.json, or FOLDER.counted.json where the videos are not this workbook's")).add_argument
+    add = commands.add_parser("count", help="votes -> reports/metrics/user_study.json, or FOLDER.counted.json where the videos are not this workbook's").add_argument
     add("folder", help="the folder that `make` wrote, its key beside it")
     add("votes", nargs="+", help="the voters' files")
     return parser

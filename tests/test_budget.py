@@ -13,7 +13,7 @@ def test_the_scale_gpu_fits_its_card_and_its_minutes():
     params = budget.read("gpu")
     assert plan.parameters(plan.build(params["base"]["variant"])) >= 1e8 and params["data"]["size"] >= 256 and params["common"]["device"] == "cuda"
     found = budget.stages(params)
-    minutes = {stage: whole * 1e12 / budget.RATE / 60 for stage, (_, _, whole, _) in found.items()}
+    minutes = {stage: whole * 1e12 / budget.FLOPS / 60 for stage, (_, _, whole, _) in found.items()}
     assert max(*(minutes[stage] for stage in ("base", "adaptation", "teacher", "plain")), minutes["regression"] + minutes["matching"]) < 8    # of 10: pictures too
     assert max(peak for *_, peak in found.values()) < 60                                                                  # of 80 GB
     assert all(steps == params[stage]["steps"] for stage, (steps, *_) in found.items() if stage in params)

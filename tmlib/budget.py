@@ -10,7 +10,7 @@ from . import attention as att
 from . import config, plan, scales
 from .config import UserError
 
-RATE = 100e12                                             # assumed, of a small model trained in bfloat16: an eighth of an H100's peak
+FLOPS = 100e12                                            # assumed, of a small model trained in bfloat16: an eighth of an H100's peak
 
 
 def read(scale: str) -> dict:
@@ -53,7 +53,7 @@ def report(scale: str, rate: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tmlib.budget", description="What training the DiT costs at a scale of params.yaml.")
     parser.add_argument("scale", help="such as gpu; `mini` is params.yaml itself")
-    parser.add_argument("--tflops", type=float, default=RATE / 1e12, metavar="R", help=f"rate that the GPU reaches (default {RATE / 1e12:.0f})")
+    parser.add_argument("--tflops", type=float, default=FLOPS / 1e12, metavar="R", help=f"rate that the GPU reaches (default {FLOPS / 1e12:.0f})")
     args = parser.parse_args(argv)
     if not args.tflops > 0:
         raise UserError(f"--tflops {args.tflops}: give a rate above 0")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import config
-from .config import UserError, atomic
+from .config import UserError, atomic, one_line
 from .data import to_uint8
 from .hub import find_part, fingerprint, linked, load_part
 from .latents import prompt
@@ -146,5 +146,4 @@ def load_small(cls, folder: Path, needs: str, **how):
     try:
         return cls.from_pretrained(folder, local_files_only=True, **how)
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / needs}: cannot be used ({type(error).__name__}: {line}); copy {folder.name}/ again") from error
+        raise UserError(f"{folder / needs}: cannot be used ({type(error).__name__}: {one_line(error, 200)}); copy {folder.name}/ again") from error

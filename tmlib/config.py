@@ -35,6 +35,11 @@ class UserError(Exception):
     """One clear line for people: what is wrong, where, and the fix."""
 
 
+def one_line(error, most: int | None = None) -> str:
+    """What an error, or any text, says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 # ---------------------------------------------------------------------------------------------------- parameters
 def read_params(root: Path | None = None) -> dict:
     """All of params.yaml, as YAML 1.2 (so that 1e-3 is a number, as it is for DVC)."""
@@ -47,7 +52,7 @@ def read_params(root: Path | None = None) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from a complete checkout of the workbook") from None
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(params, dict):
         raise UserError(f"{path}: expected sections such as `common:`; the file holds {type(params).__name__}")
     return params
@@ -195,7 +200,7 @@ def cli(main) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.times < 1:
         raise UserError(f"--times {args.times}: give at least 1")
     torch.set_num_threads(1)                     # one device is one core
-    stage = Stage(Path(args.models) if args.models else talk.default_models())
+    stage = Stage(talk.models_folder(args.models))
     if args.victim:
         return victim(stage)
     progress, took = Progress(args.times * len(FAULTS), "faults"), {fault.__name__: [] for fault in FAULTS}

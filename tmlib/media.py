@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import RATE, UserError, atomic
+from .config import RATE, UserError, atomic, one_line
 
 RATES = (8_000, 192_000)                # accepted at the door: below, speech has lost its consonants; above, a broken header
 FULL_SCALE = 0.999                      # a sample at or above this touched the limit of its recorder
@@ -159,7 +159,7 @@ def _opened(path: Path, file):
 
 
 def _why(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------ picture in

@@ -97,7 +97,7 @@ def main() -> None:
             raise
         except BaseException as error:
             traceback.print_exc()
-            print(f"{args.source}, code cell {index}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+            print(f"{args.source}, code cell {index}: {type(error).__name__}: {config.one_line(error, 300)}", file=sys.stderr, flush=True)
             os._exit(1)                                      # at once: the ranks that wait for this one must hear of it
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)                                              # gloo's threads do not always survive the interpreter's own way out

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import engines, recited, speakers
-from .config import DATA, RATE, UserError
+from .config import DATA, RATE, UserError, one_line
 
 SPLITS = ("train", "valid", "test", "natural")
 ENGINES = {"espeak": engines.espeak, "piper": engines.piper, "recited": recited.recited}
@@ -112,7 +112,7 @@ def load_voices():
         return {split: [Voice(**row) for row in rows[split]] for split in SPLITS}
     except (KeyError, TypeError, YAMLError) as error:
         raise UserError("data/voices.yaml: write train, valid, test, natural, each a list of name, engine, language, rate, pitch, range "
-                        f"({' '.join(str(error).split())})") from None
+                        f"({one_line(error)})") from None
 
 
 def reciters():

@@ -106,7 +106,7 @@ def write_pair(path: Path, left: np.ndarray, right: np.ndarray, wave: np.ndarray
     """Frames uint8 (T, H, W, 3), of one height, and their sound -> one mp4, as long as the shorter one."""
     T, H = min(len(left), len(right)), left.shape[1]
     gap, at = np.zeros((T, H, GAP, 3), np.uint8), lambda t: t * media.RATE // fps
-    with media.VideoWriter(path, fps, (H, left.shape[2] + GAP + right.shape[2]), scale=max(1, 384 // H)) as video:
+    with media.VideoWriter(path, fps, (H, left.shape[2] + GAP + right.shape[2]), scale=max(1, media.WATCHABLE // H)) as video:
         for lo in range(0, T, fps):                             # second by second: memory, and an mp4 that plays while it loads
             hi = min(lo + fps, T)
             video.write(np.concatenate([left[lo:hi], gap[lo:hi], right[lo:hi]], 2), wave[at(lo):at(hi)])

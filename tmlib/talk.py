@@ -74,6 +74,15 @@ def default_models() -> Path:
     return config.MODELS if (config.MODELS / "student" / "stream.json").exists() else config.DATA / "demo"
 
 
+def models_folder(given: str | None) -> Path:
+    """The folder that --models names, or `default_models`; UserError if there is none."""
+    folder = Path(given) if given else default_models()
+    if not folder.is_dir():
+        fix = "check the name" if given else "run `make repro`, or give a folder of trained models with --models"
+        raise UserError(f"{folder}: no such folder of models; {fix}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Models:
     """A folder of trained models, and how its student was distilled (stream.json: steps, shift, cache, chunk, face_region)."""
@@ -211,11 +220,7 @@ def _check(args) -> Path:
     for given in (args.face, args.speech):
         if Path(given).resolve() == Path(args.out).resolve():
             raise UserError(f"{args.out}: is also an input, which the video would replace; choose another name")
-    folder = Path(args.models) if args.models else default_models()
-    if not folder.is_dir():
-        fix = "check the name" if args.models else "run `make repro`, or give a folder of trained models with --models"
-        raise UserError(f"{folder}: no such folder of models; {fix}")
-    return folder
+    return models_folder(args.models)
 
 
 if __name__ == "__main__":

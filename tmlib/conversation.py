@@ -302,7 +302,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     """
     import torch
 
-    from . import audio_llm, data, dialogue, media, speech, stream, talk
+    from . import audio_llm, dialogue, media, speech, stream, talk
     voices = {v.name: v for some in speech.load_voices().values() for v in some}
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
@@ -314,9 +314,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
               "Where does a whale live? (data/dialogue.yaml has all it knows; --partner: a public model)", flush=True)
     picture = media.read_image(face, m.how["size"])
-    tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
-    told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
-    shown = dict(text=told["speaking"], listening=told["listening"], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    shown = talk.shown(m, picture, prompt)
     streamer = lambda: talk.make_streamer(m, seed=seed, placement=placement, undo=1, in_parts=True)
     if m.dit.device.type == "cuda":              # the first call should not wait for kernels to load, or, with a speed, for minutes of compilation
         print("warming up", flush=True)

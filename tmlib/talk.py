@@ -140,6 +140,17 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed, **more)
 
 
+def shown(m: Models, picture: np.ndarray, style: str | None, modes: tuple[str, str] = ("speaking", "listening")) -> dict:
+    """What `Streamer.stream` is told about a picture uint8 (H, W, 3): two prompts, for chunks with sound and for silent ones (`modes`), in this style if
+    it is said; the picture's tokens; where faces are."""
+    import torch
+
+    from . import data
+    text, listening = (m.conditions.prompt(style or None, mode, m.dit.config.text_dim)[None] for mode in modes)      # (1, tokens, text_dim)
+    tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])                                           # (1, tokens, image_dim)
+    return dict(text=text, listening=listening, image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+
+
 def warm(streamer, image: np.ndarray, **conditions) -> None:
     """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
     from .attention import WINDOW
@@ -158,13 +169,8 @@ def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt:
     from . import data
     m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), speed)
     streamer = make_streamer(m, steps, cache, seed, placement)
-    text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
-    as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
-    region = torch.tensor(m.how["face_region"])                                         # (h, w)
-
-    def frames(image, waves):
-        return streamer.stream(image, waves, text=text, image_tokens=m.conditions.tokens(as_float(image)[None]), audio_mask=region)
-    return Talker(frames, lambda image: m.face.in_world(as_float(image)), m.how["size"], streamer.chunk)
+    frames = lambda image, waves: streamer.stream(image, waves, **shown(m, image, prompt, ("speaking", "speaking")))      # who reads aloud pauses, but does not listen
+    return Talker(frames, lambda image: m.face.in_world(data.to_float(image[None])[:, 0]), m.how["size"], streamer.chunk)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -415,7 +415,7 @@ def test_a_slow_chunk_does_not_stop_the_taking_back():
 
 
 def test_silero_leaves_the_number_of_threads_alone(python):
-    done = python("-c", "import torch; torch.set_num_threads(2); from tmlib.ear import Ear; Ear(); print(torch.get_num_threads())")
+    done = python("-c", "import torch; torch.set_num_threads(2); from tmlib.ear import Ear; Ear(0.35); print(torch.get_num_threads())")
     assert done.stdout.strip() == "2"
 
 
@@ -463,6 +463,9 @@ def test_live_threads_and_their_failures():
 
 
 # ------------------------------------------------------------------------------------------------------------------- Ear
+HUSH_S = 0.35
+
+
 def loud(window):
     """A detector for tests: sound is speech."""
     return float(np.abs(window).max() > 0.1)
@@ -476,7 +479,7 @@ def call(*parts):
 
 @pytest.mark.parametrize("size", [1, 160, 512, 1000, 100_000])
 def test_pieces_of_any_size_make_the_same_turns(size):
-    wave, ear = call(20, 30, 8, 10, 40, 2, 20, 25, 30), Ear(detector=loud)
+    wave, ear = call(20, 30, 8, 10, 40, 2, 20, 25, 30), Ear(HUSH_S, detector=loud)
     wave = wave[:-7]
     events = [e for i in range(0, len(wave), size) for e in ear.hear(wave[i:i + size])] if size > 1 else [e for x in np.array_split(wave, 31) for e in ear.hear(x)]
     assert [k for k, _ in events] == ["began", "heard", "began", "heard"]     # a pause of 8 windows is part of a turn, 2 windows of sound are none
@@ -487,7 +490,7 @@ def test_pieces_of_any_size_make_the_same_turns(size):
 
 
 def test_an_endless_turn_is_cut():
-    ear = Ear(detector=loud, longest_s=1.0)
+    ear = Ear(HUSH_S, detector=loud, longest_s=1.0)
     kinds = [k for k, _ in ear.hear(call(0, 100))]
     assert kinds[:3] == ["began", "heard", "began"] and kinds.count("heard") == 3
 
@@ -497,7 +500,7 @@ def test_the_real_detector_finds_a_spoken_sentence():
     for voice in voices["test"][:2] + voices["natural"]:
         said = speech.synthesise("What is the capital of Germany?", voice).wave
         wave = np.pad(said, (12_000, 12_000)) + 1e-3 * rng.standard_normal(len(said) + 24_000).astype(np.float32)
-        events = Ear().hear(wave.astype(np.float32))
+        events = Ear(HUSH_S).hear(wave.astype(np.float32))
         assert [k for k, _ in events] == ["began", "heard"]
         turn = events[1][1]
         assert len(said) * 0.9 < len(turn) < len(said) + 0.9 * speech.RATE
@@ -524,6 +527,7 @@ def test_the_demo_answers_and_remembers(tmp_path):
                 time.sleep(0.02)
             said.append([e.text for e in c.events if e.kind == "spoke"][-1])
         assert "interrupted" not in [e.kind for e in c.events]
+        assert c.ear.hush == Ear(config.load("conversation").hush_s).hush     # as in the calls that decide C11
         caches = weakref.ref(c.streamer.take.chain)
     assert caches() is None                                                    # gone with the call, not when Python next looks for circles
     assert frame.shape == (64, 64, 3) and said == ["Grass is green.", "Nice to meet you, Anna.", "Your name is Anna."]

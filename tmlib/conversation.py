@@ -56,15 +56,15 @@ class Line:
 
 
 class Conversation:
-    """One caller and one face. streamer: made with undo=1 and, to be quick, in_parts; picture: uint8 (H, W, 3).
+    """One caller and one face. streamer: made with undo=1 and, to be quick, in_parts; picture: uint8 (H, W, 3); ear: an Ear.
 
     text, listening, image_tokens, audio_mask: see `Streamer.stream`. takes_back: else what is made is shown, to measure what that costs.
     clock: seconds, for tests.
     """
 
-    def __init__(self, streamer, partner, picture, *, ear=None, takes_back=True, clock=time.monotonic, **given):
+    def __init__(self, streamer, partner, picture, *, ear, takes_back=True, clock=time.monotonic, **given):
         self.streamer, self.partner, self.picture, self.given, self.takes_back = streamer, partner, picture, given, takes_back
-        self.ear, self.clock = ear or Ear(), clock
+        self.ear, self.clock = ear, clock
         self.cost, self.begins = {True: 0.0, False: 0.0}, True       # seconds, rather too many, for a part that begins a chunk and for another; which the next one is
         self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
         self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
@@ -302,7 +302,8 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     """
     import torch
 
-    from . import audio_llm, dialogue, media, speech, stream, talk
+    from . import audio_llm, config, dialogue, media, speech, stream, talk
+    hush_s = config.load("conversation").hush_s
     voices = {v.name: v for some in speech.load_voices().values() for v in some}
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
@@ -323,5 +324,5 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
 
     def call() -> Conversation:
         mind.forget()
-        return Conversation(streamer(), mind, picture, **shown)
+        return Conversation(streamer(), mind, picture, ear=Ear(hush_s), **shown)
     return call

@@ -57,8 +57,8 @@ def load_conditions(folder, keep: bool = False, device: str | None = None) -> Co
     return Conditions(lambda frames: image_tokens(list(to_uint8(frames[:, :, None])[:, 0]), source, cache, device=device, loaded=loaded), say)
 
 
-def text_tokens(prompts: list[str], source, cache, dtype=torch.bfloat16, device="cpu") -> Tensor:
-    """Prompts -> text conditions (B, 512, text_dim) on the CPU, from the folder `cache` where they are stored already.
+def text_tokens(prompts: str | list[str], source, cache, dtype=torch.bfloat16, device="cpu") -> Tensor:
+    """A prompt or several -> text conditions (B, 512, text_dim) on the CPU, from the folder `cache` where they are stored already.
 
     source: a folder in diffusers' layout (text_encoder/, tokenizer/) or a hub id. dtype, device: where the encoder runs if it must.
     """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import WAN_VAE
+from tiny import WAN_VAE
 from tmlib import bench, config, fast, measured, plan, stand_in, timing
 from tmlib.config import UserError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import distillation, make_dit, make_latents
+from tiny import distillation, make_dit, make_latents
 from tmlib import budget, config, distill, plan
 from tmlib.config import UserError
 

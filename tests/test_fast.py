@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from fakes import IMAGE, PROMPT, WAVE, make_streamer
-from tiny import make_dit
+from tiny import WAN_VAE, make_dit, stir
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.tiny import WAN_VAE, stir
 from tmlib import attention as att
 from tmlib import fast, flow, kernels, plan, stand_in
 from tmlib.chain import CACHES, Chain

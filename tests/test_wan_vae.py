@@ -9,7 +9,6 @@ from tmlib.config import UserError
 from tmlib.vae import i2v_condition
 from tmlib.wan_vae import WanVAE, load_codec, load_wan_vae
 
-pytest.importorskip("diffusers")
 SMALL = dict(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
 SHAPES = [{}, dict(base_dim=8, dim_mult=[1, 2, 4, 4]), dict(num_res_blocks=2), dict(decoder_base_dim=6), dict(dim_mult=[1, 1, 1, 1]),
           dict(temperal_downsample=[True, False, True]), dict(temperal_downsample=[True, True, False])]

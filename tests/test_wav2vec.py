@@ -12,7 +12,6 @@ from tmlib.audio import RATE, SpeechConfig, SpeechEncoder
 from tmlib.config import UserError
 from tmlib.wav2vec import Wav2VecConfig, Wav2VecEncoder, context_error, load_speech, load_wav2vec
 
-pytest.importorskip("transformers")
 SMALL = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7, num_feat_extract_layers=7,
              num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=5)
 BASE, LARGE = dict(feat_extract_norm="group"), dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)

@@ -1,8 +1,13 @@
 """The smallest codec and ears that keep the runtime's contract, in a module of their own so that a worker process finds them."""
 import itertools
+import time
 
 import numpy as np
 import torch
+from tiny import make_dit
+
+from tmlib import flow
+from tmlib.stream import Streamer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 WAVE = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
@@ -46,9 +51,12 @@ class HungryVAE(FakeVAE):
 class BrokenVAE(FakeVAE):
     """Fails by a mistake of its own at the third chunk."""
 
+    def __init__(self, error):
+        self.error = error
+
     def decode(self, z, cache=None):
         if cache == 6:
-            raise KeyError("no such weight")
+            raise self.error
         return super().decode(z, cache)
 
 
@@ -66,3 +74,18 @@ class FakeEars:
         assert edges[0] >= 0 and edges[-1] + self.lookahead_samples <= len(wave)
         sums = [wave[a:b].sum() for a, b in itertools.pairwise(edges)]
         return torch.tensor(sums, dtype=torch.float32)[:, None, None] / 50 * torch.eye(1, 6) + torch.arange(6.0).repeat(n, 4, 1)
+
+
+TIMES = flow.timesteps(2, 5)
+
+
+def make_streamer(vae=None, placement="serial", dit=None, ears=None, **more):
+    return Streamer(dit or make_dit(), vae or FakeVAE(), ears or FakeEars(), placement, timesteps=TIMES, **more)
+
+
+def until(condition, seconds=60):
+    """Whether it has become true within that time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()

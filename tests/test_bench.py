@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import WAN_VAE
+from tiny import WAN_VAE
 from tmlib import bench, config, fast, measured, plan, stand_in, timing
 from tmlib.config import UserError
 
@@ -214,6 +214,8 @@ def test_a_new_kind_is_charged_a_guess_and_one_that_was_left_out_teaches_nothing
     assert not session.result["missing"]["broken"].startswith(bench.OVER) and "in time" not in session.result["missing"]
     session.began -= 20
     assert session.attempt("late", lambda: 1 / 0) and session.result["missing"]["late"] == bench.OVER and "late" not in session.longest
+    session.began += 20
+    assert session.attempt("broken", lambda: None) and set(session.result["missing"]) == {"late"}      # what fails and then works is not missing
 
 
 def test_without_a_compiler_the_rest_is_measured(monkeypatch):

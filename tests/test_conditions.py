@@ -14,7 +14,6 @@ from tmlib import conditions as c
 from tmlib.conditions import image_tokens, read_tokens, text_tokens
 from tmlib.config import UserError
 
-pytest.importorskip("transformers")
 WORDS = ["<pad>", "</s>", "<unk>", *("\u2581" + w for w in ("a", "face", "speaking", "listening", "&", "anime"))]      # \u2581: a space
 PROMPTS = ["a face speaking", "a anime face listening a anime face", ""]
 CLIP_PICTURES = {"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,

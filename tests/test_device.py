@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.tiny import distillation, make_dit, make_latents
+from tiny import distillation, make_dit, make_latents
 from tmlib import dialogue, distill, placement, sampling, train
 from tmlib.data import to_float
 from tmlib.muon import Muon
+from tmlib.pretrain import flow_matching_loss
 from tmlib.vae import VAEConfig, VideoVAE
 
 PLAYERS = SimpleNamespace(batch=2, at_once=None, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
@@ -34,7 +35,7 @@ def learns(dit, loss):
 
 def test_flow_matching(latents):
     dit = elsewhere()
-    learns(dit, train.flow_matching_loss(dit, latents, PLAYERS)[0](train.generator(0), 0)["loss"])
+    learns(dit, flow_matching_loss(dit, latents, PLAYERS)[0](train.generator(0), 0)["loss"])
 
 
 @pytest.mark.parametrize("cache, real", [("per_step", 0.0), ("per_step", 1.0), ("clean_pass", 0.0)])

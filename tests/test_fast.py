@@ -7,19 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
-from tiny import make_dit
+from fakes import IMAGE, PROMPT, WAVE, make_streamer
+from tiny import WAN_VAE, make_dit, stir
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.tiny import WAN_VAE, stir
 from tmlib import attention as att
 from tmlib import fast, flow, kernels, plan, stand_in
 from tmlib.chain import CACHES, Chain
 from tmlib.config import UserError
 from tmlib.dit import WanDiT
-from tmlib.stream import Streamer
 
 SIZES = dict(text_dim=16, image_dim=16, audio_dim=16, audio_width=16, audio_hidden=32, freq_dim=32, ffn_dim=64, attention_head_dim=16)
 
@@ -245,7 +243,7 @@ def test_recordings_of_prompts_that_come_back_are_kept_and_do_not_pile_up():
 def test_the_runtime_streams_with_recordings_as_without(placement):
     """Prompts that alternate, a new picture, and chunks that are taken back: the very same frames."""
     def frames(dit):
-        with Streamer(dit, FakeVAE(), FakeEars(), placement, undo=2) as streamer:
+        with make_streamer(None, placement, dit, undo=2) as streamer:
             quiet = np.concatenate([np.tile(WAVE[:12_000], 9), np.zeros(48_000, np.float32), np.tile(WAVE[:12_000], 3)])     # its pauses are prompted otherwise
             chunks, out = streamer.chunks(IMAGE, quiet, **PROMPT, listening=-PROMPT["text"]), []
             for chunk in chunks:

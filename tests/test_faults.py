@@ -1,15 +1,15 @@
 """faults: what it breaks really breaks, frames are really compared, and the command says what it found. No time is judged here."""
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from fakes import IMAGE, PROMPT, FakeEars, FakeVAE
-from tiny import make_dit
+from fakes import IMAGE, PROMPT, make_streamer, until
 
 from tmlib import faults
 from tmlib.config import UserError
-from tmlib.stream import Streamer
 
 
 class Fakes(faults.Stage):
@@ -17,10 +17,10 @@ class Fakes(faults.Stage):
 
     def __init__(self, folder=None):
         self.picture, self.piece = IMAGE, np.random.default_rng(0).standard_normal(12_000).astype(np.float32)
-        self.expected = list(itertools.islice(self.begin(Streamer(make_dit(), FakeVAE(), FakeEars())), 2 * faults.GOOD))
+        self.expected = list(itertools.islice(self.begin(make_streamer()), 2 * faults.GOOD))
 
     def streamer(self, placement="two_process", vae=None):
-        return Streamer(make_dit(), vae or FakeVAE(), FakeEars(), placement, resumable=True)
+        return make_streamer(vae, placement, resumable=True)
 
     def begin(self, streamer, sound=None):
         return streamer.stream(self.picture, self.sound() if sound is None else sound, **PROMPT)
@@ -37,6 +37,32 @@ def test_killed_deaf_and_given_up_are_timed_and_checked():
 def test_a_stream_must_break():
     with pytest.raises(UserError, match="as if nothing had happened"):
         faults.until_told(iter([1, 2]), [])
+
+
+def python(code):
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_process_is_gone_before_it_is_buried():
+    process = python("import time; time.sleep(60)")
+    assert not faults.gone(process.pid)
+    process.kill()
+    assert process.stdout.read() == "" and until(lambda: faults.gone(process.pid))      # a zombie: nobody has waited for it
+    process.wait()
+    assert faults.gone(process.pid)
+
+
+def test_a_victim_that_fails_and_a_decoder_that_lives_on_are_told(monkeypatch):
+    with pytest.raises(UserError, match=r"ended by itself \(status 3\)"):
+        faults.killed(python("raise SystemExit(3)"))
+    decoder = python("import time; time.sleep(60)")
+    victim = lambda: python(f"import time; print({decoder.pid}, flush=True); time.sleep(60)")
+    monkeypatch.setattr(faults, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=f"process {decoder.pid} still runs"):
+        faults.killed(victim())
+    decoder.kill()
+    decoder.wait()
+    assert faults.killed(victim()) < 60
 
 
 def test_the_command_says_what_took_too_long(tmp_path, monkeypatch, capsys):

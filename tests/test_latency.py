@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
+from fakes import IMAGE, PROMPT, TIMES, WAVE, FakeEars, FakeVAE, make_streamer
 from tiny import make_dit
 from torch._dynamo.testing import CompileCounter
 
@@ -16,7 +16,6 @@ from tmlib.config import UserError
 from tmlib.stand_in import of_diffusers
 from tmlib.latency import Forgetful, dit_ladder
 from tmlib.placement import PLACEMENTS, Chunk
-from tmlib.stream import Streamer
 
 P = SimpleNamespace(steps=2, shift=3.0, chunk=3, cache="per_step", seed=0)
 
@@ -80,7 +79,7 @@ def test_summary_by_hand():
 
 
 def test_streams_are_timed_where_they_serve(tmp_path):
-    streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
+    streamer = make_streamer()
     runs = latency.in_turns({"serial": streamer}, IMAGE, chunks=5, rounds=2)["serial"]
     found, chunks = latency.summary(runs, 12, warmup=1), runs[-1]
     assert len(runs) == 2 and len(chunks) == 5 and all(c.frames is None for c in chunks)
@@ -113,8 +112,8 @@ def test_the_matrix_has_every_combination():
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_only_a_waiting_dit_sleeps_on_the_emulated_link(monkeypatch, overlapped):
-    streamer, slept, worked = Streamer(make_dit(), FakeVAE(), FakeEars(), "overlap"), [], []
-    plain = [c.frames for c in Streamer(streamer.dit, FakeVAE(), FakeEars()).chunks(IMAGE, [WAVE], **PROMPT)]
+    streamer, slept, worked = make_streamer(placement="overlap"), [], []
+    plain = [c.frames for c in make_streamer(dit=streamer.dit).chunks(IMAGE, [WAVE], **PROMPT)]
     made = streamer.made
     monkeypatch.setattr(latency.time, "sleep", lambda s: slept.append((s, threading.get_ident())))
     monkeypatch.setattr(streamer, "made", lambda *a: worked.append(threading.get_ident()) or made(*a))
@@ -129,7 +128,7 @@ def test_the_emulated_link_knows_what_to_expect():
     ears = FakeEars()
     ears.tokens_per_latent = 4
     split = {"dit_ms_p50": 2.5, "hear_ms_p50": 0.5, "vae_ms_p50": 4.0}
-    rows = latency.link(make_dit(), FakeVAE(), ears, IMAGE, p, {"chunk": 3}, split)
+    rows = latency.link(make_dit(), FakeVAE(), ears, IMAGE, p, {"chunk": 3, "timesteps": TIMES}, split)
     assert [r["link_ms"] for r in rows] == [0, 1, 4]
     assert [r["ideal_gain"] for r in rows] == pytest.approx([1, 1, 7 / 4])     # a decoder of 4 ms hides 1 ms after a DiT of 3
     assert all(r["gain_lo"] <= r["gain"] <= r["gain_hi"] and min(r["waiting_fps"], r["overlapped_fps"]) > 0 for r in rows)
@@ -164,7 +163,7 @@ def test_a_soak_compares_an_old_stream_with_a_new_one_in_turns(monkeypatch, plac
     made, dit = [], make_dit(num_layers=1)
 
     def make():
-        made.append(Streamer(dit, FakeVAE(), FakeEars(), placement))
+        made.append(make_streamer(None, placement, dit))
         return made[-1]
     found = soak.soak(make, IMAGE, 12, turns=3)
     assert found["chunks"] == 12 and found["last_over_first"] == pytest.approx(found["last_ms_p50"] / found["first_ms_p50"])

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tmlib import flow, losses
+from tmlib import losses
 
 
 def randn(*shape, seed=0):

@@ -179,6 +179,14 @@ def test_all_ranks_run_the_cells_and_rank_0_is_kept(crowd, python):
     assert [p.name for p in config.METRICS.glob("*")] == ["toy-0.json"] and list((crowd / "data/scratch/failed").iterdir()) == []
 
 
+def test_all_ranks_get_all_parameters(crowd, python):
+    source = write(crowd / "toy.ipynb", "from tmlib import ranks\nprint('ranks', ranks.agreed([p.steps, p.noisy]))")
+    (crowd / "params.yaml").write_text("common: {seed: 0}\nteacher: {steps: 5, noisy: false, processes: 2}\n")
+    run = f"from tmlib import notebook; notebook.run({str(source)!r}, {str(crowd / 'out.ipynb')!r}, overrides=dict(steps=2, noisy=True))"
+    done = python("-c", run, TM_ROOT=crowd)
+    assert "ranks [[2, True], [2, True]]\n" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("cell, line", [
     ("if config.RANK == 1: raise ValueError('no\\nway')\nranks.wait()", "code cell 2: ValueError: no way (in process toy-1, log: "),
     ("if config.RANK == 1: os._exit(7)\nranks.wait()", "exit 7 (in process toy-1, log: "),

@@ -3,6 +3,7 @@
 Processes are really killed here. No timing decides anything: a wait ends when what it waits for has happened.
 """
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,21 +13,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE
-from tiny import make_dit, stir
+from fakes import IMAGE, PROMPT, WAVE, BrokenVAE, FakeEars, FakeVAE, HungryVAE, make_streamer, until
+from tiny import stir
 
 from tmlib import config, placement
 from tmlib.config import UserError
 from tmlib.faults import gone
 from tmlib.placement import PLACEMENTS, ahead
-from tmlib.stream import Streamer
 from tmlib.vae import VAEConfig, VideoVAE
 
 HERE = [p for p in PLACEMENTS if p != "two_process"]
 
 
 def make(placement="serial", vae=None, **more):
-    return Streamer(make_dit(), vae or FakeVAE(), FakeEars(), placement=placement, **more)
+    return make_streamer(vae, placement, **more)
 
 
 def speak(streamer, wave=WAVE):
@@ -35,13 +35,6 @@ def speak(streamer, wave=WAVE):
 
 def same(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +271,11 @@ def test_enough_sound_is_kept_even_if_resuming_was_an_afterthought(expected, mon
     assert same(got + [chunk.frames for chunk in streamer.resume()], expected)
 
 
-def test_a_mistake_in_the_worker_is_told():
-    with make("two_process", BrokenVAE()) as streamer:
-        assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), "process failed: KeyError: 'no such weight'")) == 2
+@pytest.mark.parametrize("error", [KeyError("no such weight"), FileNotFoundError(2, "no such file", "c++")], ids=["of python", "of the system"])
+def test_a_mistake_in_the_worker_is_told(error):
+    with make("two_process", BrokenVAE(error)) as streamer:
+        told = re.escape(f"process failed: {type(error).__name__}: {error}")
+        assert len(broken_off(streamer.stream(IMAGE, WAVE, **PROMPT), told)) == 2
         assert until(lambda: not streamer.worker.process.is_alive())
 
 

@@ -44,8 +44,7 @@ def trial(params, world):
     made["speech"] = {**smoke["speech"], "pretrained": str(world / "w2v"), "wav2vec": {"layers": [1, 2], "past_s": 0.5}, "per_frame": 4, "context": 2}
     made["conversation"] = {**smoke["conversation"], "pretrained": str(world / "qwen2_audio"), "settings": {"tokens": 12}}
     made["latents"] = {"text_dim": 16, **{k: wan14b["latents"][k] for k in ("mouth_weight", "eye_weight")}}
-    for stage in ("base", "adaptation", "teacher"):
-        made[stage] = {**made[stage], "prior": wan14b[stage]["prior"]}
+    made["base"]["prior"] = wan14b["base"]["prior"]
     for stage in ("latents", "base", "adaptation", "teacher", "distillation"):
         made[stage] = {**made[stage], "processes": 2}
     made["ablations"]["clean_pass"]["processes"] = 2

@@ -13,7 +13,7 @@ TONE = 0.3 * np.sin(np.arange(16_000) * 0.3).astype(np.float32)
 
 
 def turn(frames, answer="Yes, of course.", **more):
-    return Turn("Is it?", answer, "fact", np.resize(TONE, frames * 1000).astype(np.float32), **more)
+    return Turn("Is it?", answer, np.resize(TONE, frames * 1000).astype(np.float32), **more)
 
 
 def act(caller, answers, wait=3, length=8):

@@ -3,12 +3,10 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
-from tiny import make_dit
+from fakes import IMAGE, PROMPT, WAVE, make_streamer
 
 from tmlib.config import UserError
 from tmlib.sound import FRAME, LiveSound, Sound
-from tmlib.stream import Streamer
 
 
 class Clock:
@@ -117,7 +115,7 @@ def test_a_live_stream_speaks_listens_and_speaks_again():
     """Sound for chunks 0 and 1, then nothing for two chunks, then more: no stall, the right prompt for each, no sample lost."""
     clock = Clock()
     sound = live(WAVE[:21_700], 500, clock)
-    streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
+    streamer = make_streamer()
     chunks = []
     for chunk in streamer.chunks(IMAGE, sound, listening=-PROMPT["text"], **PROMPT):
         chunks.append(chunk)
@@ -131,6 +129,6 @@ def test_a_live_stream_speaks_listens_and_speaks_again():
     heard = np.concatenate([WAVE[:21_700], np.zeros(24_000, np.float32), WAVE[21_700:]])       # what the clock allowed for
     spoken = np.concatenate([c.wave for c in chunks])
     assert np.array_equal(spoken, np.pad(heard, (0, len(spoken) - len(heard))))                 # what a player must play
-    again = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, heard, listening=-PROMPT["text"], **PROMPT))
+    again = list(make_streamer().chunks(IMAGE, heard, listening=-PROMPT["text"], **PROMPT))
     assert [c.frame for c in chunks] == [c.frame for c in again]
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(chunks, again, strict=True))

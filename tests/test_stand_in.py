@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.tiny import make_dit
+from tiny import make_dit
 from tmlib import fast, stand_in, timing
 from tmlib.bench import Setting
 from tmlib.config import UserError

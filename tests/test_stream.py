@@ -7,20 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import IMAGE, PROMPT, WAVE, FakeEars, FakeVAE
+from fakes import IMAGE, PROMPT, TIMES, WAVE, FakeEars, FakeVAE, make_streamer
 from tiny import make_dit
 
-from tmlib import flow, stream
+from tmlib import stream
 from tmlib.chain import CACHES, rollout
 from tmlib.config import UserError
-from tmlib.stream import Streamer
+from tmlib.placement import to_frames
 from tmlib.vae import i2v_condition
 
-TS = flow.timesteps(2, 5)
-
-
 def speak(wave=WAVE, streamer=None, **more):
-    streamer = streamer or Streamer(make_dit(), FakeVAE(), FakeEars())
+    streamer = streamer or make_streamer()
     return list(streamer.stream(IMAGE, wave, **{**PROMPT, **more}))
 
 
@@ -40,23 +37,23 @@ def test_pieces_of_any_size_give_the_same_frames(size):
 
 
 def test_streamer_is_rollout_plus_codec():
-    streamer, cond = Streamer(make_dit(), FakeVAE(), FakeEars(), seed=3), None
+    streamer, cond = make_streamer(seed=3), None
     frames = np.concatenate(speak(streamer=streamer))
     cond = i2v_condition(FakeVAE(), stream.to_video(IMAGE), 21, "grey")
     audio = FakeEars().tokens(np.pad(WAVE, (0, 20_000)), 0, 15)[None]
-    z = rollout(streamer.dit, cond, chunks=5, timesteps=TS, text=PROMPT["text"], image=PROMPT["image_tokens"], audio=audio,
+    z = rollout(streamer.dit, cond, chunks=5, timesteps=TIMES, text=PROMPT["text"], image=PROMPT["image_tokens"], audio=audio,
                 audio_mask=torch.ones(1, 15, 2, 2), generator=torch.Generator().manual_seed(3))
     video, cache = [], None
     for part in z.split(3, 2):
         out, cache = FakeVAE().decode(part, cache)
-        video.append(stream.to_frames(out))
+        video.append(to_frames(out))
     assert np.array_equal(frames, np.concatenate(video))
 
 
 def test_sound_is_waited_for_no_longer_than_needed():
     read = []
     pieces = (read.append(i) or WAVE[500 * i: 500 * i + 500] for i in range(100))
-    frames = Streamer(make_dit(), FakeVAE(), FakeEars()).stream(IMAGE, pieces, **PROMPT)
+    frames = make_streamer().stream(IMAGE, pieces, **PROMPT)
     next(frames)
     assert len(read) == -(-(9000 + 700) // 500)                                         # 9 frames and the ears' look-ahead
     next(frames)
@@ -65,14 +62,14 @@ def test_sound_is_waited_for_no_longer_than_needed():
 
 def test_the_same_words_stay_the_same_tensor_on_the_device():
     elsewhere = lambda: SimpleNamespace(to=lambda device: object())                     # on a GPU each move makes a new tensor
-    streamer, (speaking, listening) = Streamer(make_dit(), FakeVAE(), FakeEars()), (elsewhere(), elsewhere())
+    streamer, (speaking, listening) = make_streamer(), (elsewhere(), elsewhere())
     first, other = streamer.moved(speaking), streamer.moved(listening)
     assert streamer.moved(speaking) is first is not other and streamer.moved(listening) is other and streamer.moved(None) is None
 
 
 def test_prompt_can_change_between_chunks():
     def toggled(switch):
-        streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
+        streamer = make_streamer()
         out = []
         for i, frames in enumerate(streamer.stream(IMAGE, WAVE, **PROMPT)):
             out.append(frames)
@@ -93,9 +90,10 @@ def held():
 @pytest.mark.parametrize("mode", CACHES)
 def test_an_hour_is_as_small_as_a_minute(mode):
     ears = FakeEars()
+    ears.history_samples = 2 * 16_000
     endless = (WAVE[:4000] for _ in itertools.count())
     tracemalloc.start()
-    frames = Streamer(make_dit(num_layers=1), FakeVAE(), ears, cache=mode, history_s=2).stream(IMAGE, endless, **PROMPT)
+    frames = make_streamer(dit=make_dit(num_layers=1), ears=ears, cache=mode).stream(IMAGE, endless, **PROMPT)
     for _ in range(12):
         next(frames)
     ears.calls.clear()
@@ -111,7 +109,7 @@ def test_an_hour_is_as_small_as_a_minute(mode):
 
 
 def test_bad_input_gets_one_line():
-    streamer = Streamer(make_dit(), FakeVAE(), FakeEars())
+    streamer = make_streamer()
     nan = WAVE.copy()
     nan[30_000] = np.nan
     bad = [(IMAGE, np.zeros(0, np.float32), "audio is empty"), (IMAGE, [], "audio is empty"), (IMAGE, nan, "finite"),
@@ -122,16 +120,16 @@ def test_bad_input_gets_one_line():
             list(streamer.stream(image, wave, **PROMPT))
         assert line in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="placement 'cloud' is unknown; choose one of serial, overlap"):
-        Streamer(make_dit(), FakeVAE(), FakeEars(), placement="cloud")
+        make_streamer(placement="cloud")
     ears = FakeEars()
     ears.cfg = SimpleNamespace(group=2)
     with pytest.raises(UserError, match=r"hears 2 latent frames at a time, and chunks of 3 .* `load_speech\(folder, 3\)`"):
-        Streamer(make_dit(), FakeVAE(), ears)
-    Streamer(make_dit(), FakeVAE(), ears, chunk=4)
+        make_streamer(ears=ears)
+    make_streamer(ears=ears, chunk=4)
 
 
 def test_chunks_know_their_place_in_time():
-    chunks = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, WAVE, **PROMPT))
+    chunks = list(make_streamer().chunks(IMAGE, WAVE, **PROMPT))
     assert [c.frame for c in chunks] == [0, 9, 21, 33, 45] and [c.index for c in chunks] == [0, 1, 2, 3, 4]
     assert [c.opens for c in chunks] == [True] + 4 * [False] and not any(c.listening for c in chunks)
     assert [len(c.wave) for c in chunks] == [1000 * len(c.frames) for c in chunks]
@@ -145,9 +143,9 @@ def test_silence_is_listened_to():
     """Chunks of digital silence take the listening prompt: as if somebody had switched by hand, and no cache is touched."""
     wave, listening = WAVE.copy(), -3 * PROMPT["text"]
     wave[21_000:33_000] = 0                                                             # chunk 2, exactly
-    chunks = list(Streamer(make_dit(), FakeVAE(), FakeEars()).chunks(IMAGE, wave, listening=listening, **PROMPT))
+    chunks = list(make_streamer().chunks(IMAGE, wave, listening=listening, **PROMPT))
     assert [c.listening for c in chunks] == [False, False, True, False, False]
-    streamer, by_hand = Streamer(make_dit(), FakeVAE(), FakeEars()), []
+    streamer, by_hand = make_streamer(), []
     for i, frames in enumerate(streamer.stream(IMAGE, wave, **PROMPT)):
         by_hand.append(frames)
         streamer.set_text(listening if i == 1 else PROMPT["text"])
@@ -156,7 +154,7 @@ def test_silence_is_listened_to():
 
 
 def test_another_picture_begins_at_a_chunks_border():
-    streamer, ears, other = Streamer(make_dit(), FakeVAE(), FakeEars(), seed=3), FakeEars(), IMAGE[::-1].copy()
+    streamer, ears, other = make_streamer(seed=3), FakeEars(), IMAGE[::-1].copy()
     chunks = []
     for chunk in streamer.chunks(IMAGE, WAVE, **PROMPT):
         chunks.append(chunk)
@@ -169,6 +167,6 @@ def test_another_picture_begins_at_a_chunks_border():
     for _ in range(4):                                                                  # two chunks of two steps
         torch.randn(1, 16, 3, 4, 4, generator=noise)
     audio = ears.tokens(np.pad(WAVE, (0, 20_000))[21_000:], 0, 9)[None]                 # the sound goes on where it was
-    z = rollout(streamer.dit, i2v_condition(FakeVAE(), stream.to_video(other), 21, "grey"), chunks=3, timesteps=TS,
+    z = rollout(streamer.dit, i2v_condition(FakeVAE(), stream.to_video(other), 21, "grey"), chunks=3, timesteps=TIMES,
                 text=PROMPT["text"], image=PROMPT["image_tokens"], audio=audio, audio_mask=torch.ones(1, 9, 2, 2), generator=noise)
-    assert np.array_equal(chunks[2].frames, stream.to_frames(FakeVAE().decode(z[:, :, :3])[0]))
+    assert np.array_equal(chunks[2].frames, to_frames(FakeVAE().decode(z[:, :, :3])[0]))

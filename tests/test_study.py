@@ -285,6 +285,7 @@ def test_votes_on_others_videos_are_no_evidence_for_the_claim(root, tmp_path, ca
     assert study.main(["count", str(folder), *map(str, files)]) == 0
     assert json.loads((tmp_path / "s.counted.json").read_text())["voters"] == 3 and not (root / "reports").exists()
     assert "N3" not in capsys.readouterr().out
+    assert [study.counted_of(tmp_path / name).name for name in ("s.a", "s.b")] == ["s.a.counted.json", "s.b.counted.json"]
 
 
 def test_ten_voters_are_needed_for_the_claim():

@@ -105,11 +105,9 @@ def test_the_fast_forms_are_for_a_gpu_and_change_what_a_stream_runs_on():
 
 
 def test_warming_is_silence_until_a_stream_is_steady():
-    from fakes import IMAGE, PROMPT, FakeEars, FakeVAE
+    from fakes import IMAGE, PROMPT, make_streamer
     from tiny import make_dit
-
-    from tmlib.stream import Streamer
-    streamer = Streamer(make_dit(num_layers=1), FakeVAE(), FakeEars())
+    streamer = make_streamer(dit=make_dit(num_layers=1))
     talk.warm(streamer, IMAGE, **PROMPT)
     assert streamer.take.index == 10 and not streamer.take.sound.wave.any()
 
@@ -239,6 +237,10 @@ def test_untrained_networks_talk_through_the_real_streamer(files, monkeypatch, c
     dit.save_pretrained(folder / "student")
     how = {"steps": 2, "shift": 3.0, "cache": "per_step", "chunk": 3, "size": 64, "face_region": [[1.0] * 4] * 4}
     config.save_json(folder / "student" / "stream.json", how)
+    models, picture = talk.load_models(folder), np.zeros((64, 64, 3), np.uint8)
+    said, unsaid = (talk.shown(models, picture, style) for style in ("flat", ""))
+    assert [said[name].shape[0] for name in ("text", "listening", "image_tokens")] == [1, 1, 1] and said["audio_mask"].shape == (4, 4)
+    assert not said["text"].equal(said["listening"]) and not said["text"].equal(unsaid["text"]) and said["image_tokens"].equal(unsaid["image_tokens"])
     assert talk.main(command(files, "--style-prompt", "flat")) == 0
     with av.open(str(files / "out.mp4")) as video:
         assert video.streams.video[0].frames == 41

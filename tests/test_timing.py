@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.tiny import WAN_VAE
+from tiny import WAN_VAE
 from tmlib import plan, stand_in, timing
 from tmlib.config import UserError
 

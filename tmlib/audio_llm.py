@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from . import speech
-from .config import RATE, UserError
+from .config import RATE, UserError, one_line
 from .hub import find_part, load_part, read_json
 
 SYSTEM = "You are in a spoken conversation. Answer briefly, in one to three short sentences of plain English, as one speaks, without lists or markup."
@@ -29,7 +29,7 @@ PROMPT = dict(add_generation_prompt=True, tokenize=True, return_dict=True, retur
 STOP = re.compile(r"""[.!?;:…]+["'”’)\]*_`]*(?=\s)|\n|,["'”’*_`]*(?=\s)""")     # in 3.5, 10:30 and 1,000 no space follows
 SHORT = re.compile(r"(?:^|[\s(\"'*_])(?:(?:[A-Za-z]\.)*[A-Za-z]|Mrs?|Ms|Dr|St|Prof|vs)$|^\W*\d+$")      # words whose point ends no sentence
 SAID = set(".,;:!?…'’\"“”()-–—/&%+=@°$€£")       # beside letters and digits; no voice can say the rest
-brief = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+brief = lambda error: f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 class AudioLLM:

@@ -11,7 +11,7 @@ from . import attention as att
 from . import config, plan, scales
 from .config import UserError
 
-RATE = 100e12                                             # assumed, of a small model trained in bfloat16: an eighth of an H100's peak
+FLOPS = 100e12                                            # assumed, of a small model trained in bfloat16: an eighth of an H100's peak
 
 
 def read(scale: str) -> dict:
@@ -29,7 +29,7 @@ def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
     """
     size, chunk, width = params["data"]["size"], params["common"]["chunk"], 2 if params["common"]["bf16"] else 4
     frames, d = (params["data"]["frames"] - 1) // plan.STRIDE + 1, params["distillation"]
-    dit = plan.build(params["teacher"]["variant"], chunk=chunk)
+    dit = plan.build(params["base"]["variant"], chunk=chunk)
     rows, columns = plan.tokens_of(dit.config, str(size))
     passes = plan.stage_passes(d["steps"], d["real_ratio"])
 
@@ -44,7 +44,7 @@ def stages(params: dict) -> dict[str, tuple[int, float, float, float]]:
     found = {}
     for stage in ("base", "adaptation", "teacher", "plain"):
         p = params[stage]
-        steps = 0 if p["pretrained"] else p["steps"]
+        steps = 0 if p.get("pretrained") else p["steps"]
         found[stage] = (steps, cost(p, passes["teacher" if p["drop_audio"] < 1 else "adaptation"]), memory(p), p)
     guided = [("bidirectional", True, False, 2 * d["pair_steps"])]
     found["solutions"] = (d["pairs"], cost({**d, "batch": 1}, guided), 0.0, d)
@@ -62,14 +62,14 @@ def report(scale: str, rate: float) -> None:
     seconds = {stage: whole * 1e12 / rate / gpus for stage, (*_, whole, _, gpus) in found.items()}
     unit, length = ("days", 86400) if max(seconds.values()) > 86400 else ("min", 60)
     table = {stage: [str(steps), step, whole / 1000, str(gpus), seconds[stage] / length, peak or "-"] for stage, (steps, step, whole, peak, gpus) in found.items()}
-    plan.show(f"Training the DiT at the scale {scale}: {params['teacher']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
+    plan.show(f"Training the DiT at the scale {scale}: {params['base']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
               table, ["steps", "TFLOP a step", "PFLOP", "GPUs", f"{unit} at {rate / 1e12:.0f} TFLOP/s each (assumed)", "GB on each"])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tmlib.budget", description="What training the DiT costs at a scale of params.yaml.")
     parser.add_argument("scale", help="such as gpu; `mini` is params.yaml itself")
-    parser.add_argument("--tflops", type=float, default=RATE / 1e12, metavar="R", help=f"rate that each GPU reaches (default {RATE / 1e12:.0f})")
+    parser.add_argument("--tflops", type=float, default=FLOPS / 1e12, metavar="R", help=f"rate that each GPU reaches (default {FLOPS / 1e12:.0f})")
     args = parser.parse_args(argv)
     if not args.tflops > 0:
         raise UserError(f"--tflops {args.tflops}: give a rate above 0")

@@ -32,7 +32,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from . import config, media
 from .config import FPS, UserError
-from .talk import PLACEMENTS, SPEEDS, default_models, whole
+from .talk import PLACEMENTS, SPEEDS, models_folder, whole
 
 RATE, PACKET, CLOCK = 48_000, 960, 90_000       # Opus: samples per second and per packet (20 ms); ticks per second of a video timestamp
 LAG = 0.04                                      # s: a packet that straddles two frames is complete 20 ms late, and loops are not punctual
@@ -321,14 +321,11 @@ def main(argv: list[str] | None = None, load: Callable[..., Callable[[], "Conver
     """The command. `load` makes what makes conversations; tests give their own."""
     args = arguments().parse_args(argv)
     media.read_image(args.face, 64)                          # a bad picture, or a port that is taken, should not wait for the models
-    folder, fix = (Path(args.models), "check the name") if args.models else (default_models(), "run `make repro`, or give a folder with --models")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of models; {fix}")
+    args.models = models_folder(args.models)
     if wrong := [server for server in args.stun if not re.fullmatch(r"[\w.-]+(:\d{1,5})?", server)]:
         raise UserError(f"--stun {wrong[0]}: give the name of a STUN server and, after a colon, its port")
-    args.models = folder
     with bound(args.host, args.port) as listening:
-        print(f"models: {folder}", flush=True)
+        print(f"models: {args.models}", flush=True)
         asyncio.run(serve(application(load(args), args.face, [f"stun:{server}" for server in args.stun]), listening))
     return 143                                               # SIGTERM, as in config.cli
 

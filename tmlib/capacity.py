@@ -68,24 +68,12 @@ class Load:
     def latency(self) -> np.ndarray:
         return self.left - self.arrived
 
-    def in_system(self, begin: float, end: float) -> float:
-        """Mean number of chunks under way between two moments, by walking through the events."""
-        times = np.concatenate([self.arrived.ravel(), self.left.ravel()])
-        steps = np.repeat([1, -1], self.arrived.size)
-        order = np.argsort(times, kind="stable")
-        times, count = np.clip(times[order], begin, end), np.cumsum(steps[order])
-        return float((count[:-1] * np.diff(times)).sum() / (end - begin))
 
-
-def simulate(calls: int, dits: int, vaes: int, dit, vae, period: float, chunks: int = 100, even: bool = False, seed: int = 0) -> Load:
-    """So many calls of so many chunks each. dit, vae: seconds of a stage, or measured ones (n,) to draw from.
-
-    even: the calls of a device begin one after another, equally spaced; else each when it likes.
-    """
+def simulate(calls: int, dits: int, vaes: int, dit, vae, period: float, chunks: int = 100, seed: int = 0) -> Load:
+    """So many calls of so many chunks each, which begin when they like. dit, vae: seconds of a stage, or measured ones (n,) to draw from."""
     rng = np.random.default_rng(seed)
     call = np.arange(calls)
-    phase = call // dits / math.ceil(calls / dits) if even else rng.random(calls)
-    arrived = period * (phase[:, None] + np.arange(chunks))                              # (calls, chunks)
+    arrived = period * (rng.random(calls)[:, None] + np.arange(chunks))                  # (calls, chunks)
     draw = lambda seconds: rng.choice(np.atleast_1d(seconds), size=arrived.shape)
     done = served(arrived, call % dits, draw(dit))
     return Load(arrived, served(done, call % vaes, draw(vae)))

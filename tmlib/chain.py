@@ -31,7 +31,7 @@ def with_null_audio(conditions):
     return {**twice, "audio": torch.cat([audio, torch.zeros_like(audio)])}
 
 
-def predict(dit, x_t, cond, t, conditions, guidance, **how):
+def predict(dit, x_t, cond, t, conditions, guidance=1.0, **how):
     """Velocity of x_t (B, 16, F, H, W). If guided, t and conditions are a batch of 2 B, see `with_null_audio`."""
     x = torch.cat([x_t, cond.to(x_t)], dim=1)                                            # (B, 36, F, H, W)
     x = x if guidance == 1 else torch.cat([x, x])
@@ -57,21 +57,19 @@ class Chain:
         "clean_pass"  the finished previous chunk, written by one more forward pass at time 0 (Self-Forcing).
     """
 
-    def __init__(self, dit, cond, ts, *, chunk=None, cache="per_step", guidance=1.0):
+    def __init__(self, dit, cond, ts, *, chunk=None, cache="per_step"):
         if cache not in CACHES:
             raise UserError(f"cache {cache!r} is unknown; choose one of {', '.join(CACHES)}")
         self.dit, self.cond, self.ts = dit, cond, list(ts)
-        self.chunk, self.guidance, self.mode, self.index = chunk or bare(dit).chunk, guidance, cache, 0
-        self.batch = cond.shape[0] * (1 if guidance == 1 else 2)
+        self.chunk, self.mode, self.index = chunk or bare(dit).chunk, cache, 0
         self.caches = self.new_caches()
-        self.times = {t: torch.full((self.batch,), float(t), device=cond.device) for t in {*self.ts, 0.0}}
-        self.guided = {}                                     # name -> (source, doubled), so that memos see the same tensors
+        self.times = {t: torch.full((len(cond),), float(t), device=cond.device) for t in {*self.ts, 0.0}}
 
     def new_caches(self):
         """Static buffers, {t: (cache to read, cache to write)}: one per denoising step or the single clean one; one memo."""
         count, memo = 1 if self.mode == "clean_pass" else len(self.ts), {}
-        size = self.cond.shape[-2:]
-        caches = [bare(self.dit).new_cache(self.batch, *size, chunk=self.chunk, memo=memo) for _ in range(count)]
+        B, *_, H, W = self.cond.shape
+        caches = [bare(self.dit).new_cache(B, H, W, chunk=self.chunk, memo=memo) for _ in range(count)]
         if self.mode == "clean_pass":
             return {t: (caches[0], None) for t in self.ts}
         read = caches if self.mode == "per_step" else [*caches[1:], caches[-1]]
@@ -88,7 +86,7 @@ class Chain:
         grad: see flow.few_step; context is always constant to gradients.
         """
         cond = chunk_condition(self.cond, self.index, self.chunk)
-        conditions = self.conditions(text=text, image=image, audio=audio, audio_mask=audio_mask)
+        conditions = dict(text=text, image=image, audio=audio, audio_mask=audio_mask)
         velocity = lambda i, x_t: self.velocity(x_t, self.ts[i], cond, conditions)
         x_0 = flow.few_step(velocity, noise, self.ts, grad, run_on=self.mode == "next_step")
         if self.mode == "clean_pass":
@@ -99,23 +97,13 @@ class Chain:
     def velocity(self, x_t, t, cond, conditions):
         cache, writes_to = self.caches[t]
         cache.writes_to = writes_to
-        return predict(self.dit, x_t, cond, self.times[t], conditions, self.guidance, cache=cache)
+        return predict(self.dit, x_t, cond, self.times[t], conditions, cache=cache)
 
     @torch.no_grad()
     def write_clean(self, x_0, cond, conditions):
         clean = self.caches[self.ts[0]][0]
         clean.writes_to = clean
-        predict(self.dit, x_0, cond, self.times[0.0], conditions, self.guidance, cache=clean)
-
-    def conditions(self, **given):
-        if self.guidance == 1:
-            return given
-        fresh = with_null_audio(given)
-        for name in ("text", "image", "audio_mask"):         # the same tensors from chunk to chunk: what is remembered of them is known by that
-            if self.guided.get(name, (None,))[0] is not given[name]:
-                self.guided[name] = (given[name], fresh[name])
-            fresh[name] = self.guided.get(name, (None, None))[1]
-        return fresh
+        predict(self.dit, x_0, cond, self.times[0.0], conditions, cache=clean)
 
 
 def noise_maker(shape, noise=None, generator=None, device="cpu"):
@@ -140,7 +128,7 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
     noise: (steps, B, 16, frames, H, W), or a function step -> (B, 16, frames, H, W), or None to draw from `generator`
     grad: index of the denoising step that keeps its gradient and whose x_0 is taken, the same in every chunk
     (Self-Forcing, Algorithm 1); None: no gradient at all.
-    chain: chunk, cache, guidance of `Chain`.
+    chain: chunk, cache of `Chain`.
     """
     state = Chain(dit, cond, timesteps, **chain)
     draw = noise_maker((cond.shape[0], 16, *cond.shape[-2:]), noise, generator, cond.device)
@@ -153,14 +141,13 @@ def rollout(dit, cond, *, timesteps, chunks=None, text=None, image=None, audio=N
     return torch.cat(out, dim=2)
 
 
-def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=None, guidance=1.0, grad=None, **conditions):
+def full(dit, cond, *, timesteps, mask="sparse_causal", noise=None, generator=None, grad=None, **conditions):
     """Few-step latents (B, 16, F, H, W) of a whole sequence at once, under a mask, all chunks sharing each step's time.
 
     The layout of the paper's training figure. Arguments as in `rollout`; conditions: text, image, audio, audio_mask.
     """
     B, _, frames, H, W = cond.shape
     eps = noise_maker((B, 16, H, W), noise, generator, cond.device)(slice(0, frames))
-    conditions = conditions if guidance == 1 else with_null_audio(conditions)
-    times = [torch.full((B if guidance == 1 else 2 * B,), float(t), device=cond.device) for t in timesteps]
-    velocity = lambda i, x_t: predict(dit, x_t, cond, times[i], conditions, guidance, mask=mask)
+    times = [torch.full((B,), float(t), device=cond.device) for t in timesteps]
+    velocity = lambda i, x_t: predict(dit, x_t, cond, times[i], conditions, mask=mask)
     return flow.few_step(velocity, eps, timesteps, grad)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import config
-from .config import UserError, atomic
+from .config import UserError, atomic, one_line
 from .data import to_uint8
 from .hub import find_part, fingerprint, linked, load_part
 from .latents import prompt
@@ -57,8 +57,8 @@ def load_conditions(folder, keep: bool = False, device: str | None = None) -> Co
     return Conditions(lambda frames: image_tokens(list(to_uint8(frames[:, :, None])[:, 0]), source, cache, device=device, loaded=loaded), say)
 
 
-def text_tokens(prompts: list[str], source, cache, dtype=torch.bfloat16, device="cpu") -> Tensor:
-    """Prompts -> text conditions (B, 512, text_dim) on the CPU, from the folder `cache` where they are stored already.
+def text_tokens(prompts: str | list[str], source, cache, dtype=torch.bfloat16, device="cpu") -> Tensor:
+    """A prompt or several -> text conditions (B, 512, text_dim) on the CPU, from the folder `cache` where they are stored already.
 
     source: a folder in diffusers' layout (text_encoder/, tokenizer/) or a hub id. dtype, device: where the encoder runs if it must.
     """
@@ -146,5 +146,4 @@ def load_small(cls, folder: Path, needs: str, **how):
     try:
         return cls.from_pretrained(folder, local_files_only=True, **how)
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / needs}: cannot be used ({type(error).__name__}: {line}); copy {folder.name}/ again") from error
+        raise UserError(f"{folder / needs}: cannot be used ({type(error).__name__}: {one_line(error, 200)}); copy {folder.name}/ again") from error

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,6 +35,11 @@ class UserError(Exception):
     """One clear line for people: what is wrong, where, and the fix."""
 
 
+def one_line(error, most: int | None = None) -> str:
+    """What an error, or any text, says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 # ---------------------------------------------------------------------------------------------------- parameters
 def read_params(root: Path | None = None) -> dict:
     """All of params.yaml, as YAML 1.2 (so that 1e-3 is a number, as it is for DVC)."""
@@ -46,7 +52,7 @@ def read_params(root: Path | None = None) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from a complete checkout of the workbook") from None
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(params, dict):
         raise UserError(f"{path}: expected sections such as `common:`; the file holds {type(params).__name__}")
     return params
@@ -118,6 +124,9 @@ def seed_everything(seed: int, threads: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- files
+HALF = re.compile(r"\..+\.\d+\.part(\.[^.]+)?")        # names that `atomic` gives to what is half-written
+
+
 @contextmanager
 def atomic(path, every_rank: bool = False):
     """Yield a temporary path beside `path` (same suffix); rename it on success, remove it on failure.
@@ -127,7 +136,7 @@ def atomic(path, every_rank: bool = False):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")      # as HALF
     _remove(temporary)
     try:
         yield temporary
@@ -209,7 +218,7 @@ def cli(main) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

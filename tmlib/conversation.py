@@ -56,15 +56,15 @@ class Line:
 
 
 class Conversation:
-    """One caller and one face. streamer: made with undo=1 and, to be quick, in_parts; picture: uint8 (H, W, 3).
+    """One caller and one face. streamer: made with undo=1 and, to be quick, in_parts; picture: uint8 (H, W, 3); ear: an Ear.
 
     text, listening, image_tokens, audio_mask: see `Streamer.stream`. takes_back: else what is made is shown, to measure what that costs.
     clock: seconds, for tests.
     """
 
-    def __init__(self, streamer, partner, picture, *, ear=None, takes_back=True, clock=time.monotonic, **given):
+    def __init__(self, streamer, partner, picture, *, ear, takes_back=True, clock=time.monotonic, **given):
         self.streamer, self.partner, self.picture, self.given, self.takes_back = streamer, partner, picture, given, takes_back
-        self.ear, self.clock = ear or Ear(), clock
+        self.ear, self.clock = ear, clock
         self.cost, self.begins = {True: 0.0, False: 0.0}, True       # seconds, rather too many, for a part that begins a chunk and for another; which the next one is
         self.size, self.events, self.failed, self.closed = picture.shape[0], [], None, False
         self.lock, self.changed, self.threads = threading.RLock(), threading.Event(), []
@@ -273,12 +273,12 @@ class Conversation:
         self.changed.set()
 
     def heard_of(self, answer: int) -> str:
-        """The words of an answer that are shown by now, each line's by their share of its time."""
+        """The words of an answer that are shown by now, or until it was interrupted, each line's by their share of its time."""
         out, now = [], self.next * FRAME
         for line in self.lines:
             if line.answer == answer:
                 words = line.text.split()
-                out += words[:round(len(words) * min(max((now - line.start) / len(line.wave), 0.0), 1.0))]
+                out += words[:round(len(words) * max(min(now, line.end) - line.start, 0) / len(line.wave))]
         return " ".join(out)
 
     def note(self, kind: str, text: str = "") -> None:
@@ -302,7 +302,8 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     """
     import torch
 
-    from . import audio_llm, data, dialogue, media, speech, stream, talk
+    from . import audio_llm, config, dialogue, media, speech, stream, talk
+    hush_s = config.load("conversation").hush_s
     voices = {v.name: v for some in speech.load_voices().values() for v in some}
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
@@ -314,9 +315,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
         print("who answers is a miniature, which learned from synthetic voices and may not understand yours. Ask it, for example: What colour is the sky? "
               "Where does a whale live? (data/dialogue.yaml has all it knows; --partner: a public model)", flush=True)
     picture = media.read_image(face, m.how["size"])
-    tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])
-    told = {mode: m.conditions.prompt(prompt or None, mode, m.dit.config.text_dim)[None] for mode in ("speaking", "listening")}
-    shown = dict(text=told["speaking"], listening=told["listening"], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    shown = talk.shown(m, picture, prompt)
     streamer = lambda: talk.make_streamer(m, seed=seed, placement=placement, undo=1, in_parts=True)
     if m.dit.device.type == "cuda":              # the first call should not wait for kernels to load, or, with a speed, for minutes of compilation
         print("warming up", flush=True)
@@ -325,5 +324,5 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
 
     def call() -> Conversation:
         mind.forget()
-        return Conversation(streamer(), mind, picture, **shown)
+        return Conversation(streamer(), mind, picture, ear=Ear(hush_s), **shown)
     return call

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from . import avatar, recited, speech
+from .avatar import STYLES
 from .config import RATE, Progress, UserError, atomic
 
-STYLES = ("flat", "line", "soft3d")
 ZOOM, LOOK_UP = 1.25, 0.65                       # framing: the share of the drawing shown, and how much of its top is cut
 CUT_S = 3.0                                      # a clip begins anywhere in this stretch of the talk
 ENDING_S = (0.15, 0.45)                          # of speech that is left, where a clip begins as it ends

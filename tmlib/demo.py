@@ -20,11 +20,13 @@ NUMBERS = {"codec": ["psnr_db"], "readers": ["codec_lip_r"], "speech": ["phone_a
 
 
 def halve(source, target) -> None:
-    """A safetensors file with its floats in float16; shapes, names and metadata stay."""
+    """A safetensors file with its floats in float16; shapes, names and metadata stay. UserError for a number that is too large."""
     with safe_open(source, "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         metadata = f.metadata()
     small = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+    if lost := [k for k, v in tensors.items() if not v.isfinite().equal(small[k].isfinite())]:
+        raise UserError(f"{source}: {lost[0]} holds numbers that half precision does not; train it again with a lower learning rate")
     with atomic(target) as tmp:
         save_file(small, tmp, metadata)
 

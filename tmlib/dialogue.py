@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import recited, speech
-from .config import DATA, Progress, UserError
+from .config import DATA, FRAME, STRIDE, Progress, UserError, one_line
 from .hub import linked, load_own, save_own
 
 PAD, ANSWER, END = "<pad>", "<answer>", "<end>"
@@ -55,7 +55,7 @@ class Book:
             self.tells = {split: [self._tells(row, split) for row in self.remember] for split in SPLITS}
         except (OSError, KeyError, TypeError, AttributeError, YAMLError) as error:
             raise UserError(f"{path}: facts, remember, small_talk, again and openers are wanted there, as git checkout data/dialogue.yaml has them "
-                            f"({' '.join(str(error).split())})") from None
+                            f"({one_line(error)})") from None
 
     @staticmethod
     def _facts(topics, split: str) -> list[Exchange]:
@@ -209,8 +209,8 @@ class DialogueLM(nn.Module):
 
 
 def heard(encoder, wave: np.ndarray) -> Tensor:
-    """Wave (n,) at 16 kHz -> what the language model hears: a row for two video frames (2 ceil(n / 4000), 2 per_frame dim), on the CPU."""
-    latents = max(-(-len(wave) // 4000), 1)
+    """Wave (n,) at 16 kHz -> what the language model hears: a row for two video frames (2 ceil(n / (STRIDE FRAME)), 2 per_frame dim), on the CPU."""
+    latents = max(-(-len(wave) // (STRIDE * FRAME)), 1)
     tokens = encoder.tokens(wave, 1, latents)                                 # (latents, tokens, D), their context on both sides
     own = encoder.cfg.per_frame * encoder.cfg.context
     return tokens[:, own:tokens.shape[1] - own].reshape(2 * latents, -1).cpu()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import avatar, data, metrics
-from .config import FPS, RATE
+from .config import FPS, FRAME, RATE, STRIDE
 from .speech import Phone
 
 OPEN, SPEAKS = 0.15, 0.3                         # a mouth is open above the one; above the other the truth is sure to be
@@ -69,7 +69,8 @@ def watch(streamer, talk: Talk, clips, index: int, told, lips, face, keep=(), st
     picture, dim = clips.frames[index][0], streamer.dit.config.text_dim
     speaking, listening = (told.prompt(clips.meta[index]["style"], mode, dim)[None] for mode in ("speaking", "listening"))
     region = torch.from_numpy(data.box_map(clips.face[index][:1], picture.shape[0], picture.shape[0] // 16))
-    waves = (talk.wave[i:i + 4000] for i in range(0, len(talk.wave), 4000))
+    latent = STRIDE * FRAME                      # samples
+    waves = (talk.wave[i:i + latent] for i in range(0, len(talk.wave), latent))
     seen, last = Watched(), None
     for k, out in enumerate(streamer.stream(picture, waves, text=speaking, listening=listening, image_tokens=told.tokens(first(picture)), audio_mask=region), 1):
         video = data.to_float(out[None])

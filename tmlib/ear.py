@@ -12,10 +12,10 @@ BEGINS, ENDS = 0.5, 0.35                         # its probability of speech fro
 class Ear:
     """Cuts turns out of a caller's sound (silero's voice activity detector).
 
-    hush_s: silence that ends a turn; onset_s: speech that begins one; lead_s: sound before it that is kept; longest_s: a turn is cut there.
+    hush_s: silence that ends a turn (`conversation.hush_s` of params.yaml, with which C11 is measured); onset_s: speech that begins one; lead_s: sound before it that is kept; longest_s: a turn is cut there.
     """
 
-    def __init__(self, hush_s: float = 0.35, onset_s: float = 0.13, lead_s: float = 0.3, longest_s: float = 20.0, detector=None):
+    def __init__(self, hush_s: float, onset_s: float = 0.13, lead_s: float = 0.3, longest_s: float = 20.0, detector=None):
         count = lambda seconds: max(1, round(seconds * RATE / WINDOW))
         self.hush, self.onset, self.longest = count(hush_s), count(onset_s), count(longest_s)
         self.detector = detector or detect()

@@ -30,7 +30,6 @@ class Face:
     """One face in a picture, in its pixels."""
     box: np.ndarray                              # float32 (4,): x0, y0, x1, y1; brows to chin
     eyes: np.ndarray                             # float32 (2, 2): x, y of either eye
-    score: float                                 # in (0.5, 1)
 
     @property
     def side(self) -> float:
@@ -81,19 +80,19 @@ def find(frame: np.ndarray) -> list[Face]:
     points[:, [0, *range(2, 8)]] += anchors()[:, None]
     boxes = np.concatenate([points[:, 0] - points[:, 1] / 2, points[:, 0] + points[:, 1] / 2], 1)
     sure = np.flatnonzero(score > LEAST)
-    merged = [Face(b * SIDE / scale, e.reshape(2, 2) * SIDE / scale, s)
-              for b, e, s in clusters(boxes[sure], points[sure, 2:4].reshape(-1, 4), score[sure])]
+    merged = [Face(b * SIDE / scale, e.reshape(2, 2) * SIDE / scale)
+              for b, e in clusters(boxes[sure], points[sure, 2:4].reshape(-1, 4), score[sure])]
     return sorted(merged, key=lambda face: -face.side)
 
 
-def clusters(boxes: np.ndarray, points: np.ndarray, score: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Guesses that overlap become one, their mean weighted by score: boxes (n, 4), points (n, d), score (n,)."""
+def clusters(boxes: np.ndarray, points: np.ndarray, score: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Guesses that overlap become one, their mean weighted by score, the surest first: boxes (n, 4), points (n, d), score (n,)."""
     left, out = np.argsort(-score, kind="stable"), []
     while len(left):
         near = overlap(boxes[left[0]], boxes[left]) > SAME
         near[0] = True
         weight = score[left[near]] / score[left[near]].sum()
-        out.append((weight @ boxes[left[near]], weight @ points[left[near]], float(score[left[0]])))
+        out.append((weight @ boxes[left[near]], weight @ points[left[near]]))
         left = left[~near]
     return out
 

@@ -27,6 +27,7 @@ from .config import FRAME, Progress, UserError
 from .latency import scene
 
 ONE, GOOD = 1.0, 3                               # seconds allowed; chunks taken before something breaks
+PATIENCE = 60                                    # seconds until a process that does not end is given up
 
 
 class Stage:
@@ -40,9 +41,7 @@ class Stage:
         self.expected = list(itertools.islice(self.begin(talk.make_streamer(self.models)), 2 * GOOD))
 
     def streamer(self, **changed):
-        streamer = talk.make_streamer(replace(self.models, **changed), placement="two_process")
-        streamer.resumable = True
-        return streamer
+        return talk.make_streamer(replace(self.models, **changed), placement="two_process", resumable=True)
 
     def begin(self, streamer, sound=None):
         return streamer.stream(self.picture, self.sound() if sound is None else sound, **scene(streamer.dit, self.picture.shape[0] // 8))
@@ -136,15 +135,24 @@ def given_up(stage: Stage) -> float:
 
 def dit_killed(stage: Stage) -> float:
     command = [sys.executable, "-m", "tmlib.faults", "--models", str(stage.folder), "--victim"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    decoder = int(process.stdout.readline())
-    began = time.perf_counter()
-    process.kill()
-    while not gone(decoder):
-        time.sleep(0.002)
-    took = time.perf_counter() - began
-    process.wait()
-    return took
+    return killed(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+
+
+def killed(process: subprocess.Popen) -> float:
+    """Seconds from the death of a `victim` until its decoder's process has ended too."""
+    try:
+        if not (told := process.stdout.readline()):
+            raise UserError(f"the process that was to be killed ended by itself (status {process.wait()}); what it said stands above")
+        decoder, began = int(told), time.perf_counter()
+        process.kill()
+        while not gone(decoder):
+            if time.perf_counter() - began > PATIENCE:
+                raise UserError(f"the decoder's process {decoder} still runs {PATIENCE} s after the other was killed; end it by hand")
+            time.sleep(0.002)
+        return time.perf_counter() - began
+    finally:
+        process.kill()
+        process.wait()
 
 
 def victim(stage: Stage):
@@ -183,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.times < 1:
         raise UserError(f"--times {args.times}: give at least 1")
     torch.set_num_threads(1)                     # one device is one core
-    stage = Stage(Path(args.models) if args.models else talk.default_models())
+    stage = Stage(talk.models_folder(args.models))
     if args.victim:
         return victim(stage)
     progress, took = Progress(args.times * len(FAULTS), "faults"), {fault.__name__: [] for fault in FAULTS}

@@ -37,11 +37,10 @@ def timesteps(steps, shift=1.0):
     return [T_MAX * shift_sigma((steps - i) / steps, shift) for i in range(steps)]
 
 
-def random_timesteps(n, shift=1.0, generator=None, low=0.0, high=T_MAX, device=None):
+def random_timesteps(n, shift=1.0, generator=None, low=0.0, high=T_MAX):
     """(n,) times for training: uniform, then shifted, then clamped to [low, high] (DMD clamps to [20, 980])."""
-    source = generator.device if generator is not None else device
-    u = torch.rand(n, generator=generator, device=source)
-    return (T_MAX * shift_sigma(u, shift)).clamp(low, high).to(device)
+    u = torch.rand(n, generator=generator, device=None if generator is None else generator.device)
+    return (T_MAX * shift_sigma(u, shift)).clamp(low, high)
 
 
 # Conversions

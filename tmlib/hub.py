@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from .config import UserError, atomic
+from .config import UserError, atomic, one_line
 
 EDGE = 1 << 20                                   # bytes at either end of a weight file that identify it
 
@@ -69,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(path, "pt"):
                 pass
         except Exception as error:
-            raise UserError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())}); copy it again") from error
+            raise UserError(f"{path}: not a complete safetensors file ({one_line(error)}); copy it again") from error
     return files
 
 
@@ -84,8 +84,7 @@ def load_part(cls, folder: Path, dtype, device, optional: tuple[str, ...] = (), 
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(f"{folder}: no memory left for it on {device}; close what else uses that memory, or give another device or a smaller model") from error
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: its weights are not those of its config.json ({line}); copy both again") from error
+        raise UserError(f"{folder}: its weights are not those of its config.json ({one_line(error, 200)}); copy both again") from error
     if lost := sorted(name for name in info["missing_keys"] if not name.endswith(optional)):
         raise UserError(f"{folder}: {len(lost)} weights missing, such as {', '.join(lost[:3])}; is config.json of another model?")
     return net.eval().requires_grad_(False)

@@ -100,8 +100,9 @@ def matrix(dit, vae, encoder, picture, p, how) -> list[dict]:
 
     how: shift, cache of the student; p: sizes, steps, chunks_each, rounds_each, warmup_each.
     """
-    with cores(2), Streamer(dit, vae, encoder, "two_process") as first:   # one decoder's process serves all
-        ways = {(chunk, steps, name): Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=flow.timesteps(steps, how.shift), cache=how.cache,
+    times = {steps: flow.timesteps(steps, how.shift) for steps in p.steps}
+    with cores(2), Streamer(dit, vae, encoder, "two_process", timesteps=times[p.steps[0]]) as first:      # one decoder's process serves all
+        ways = {(chunk, steps, name): Streamer(dit, vae, encoder, name, chunk=chunk, timesteps=times[steps], cache=how.cache,
                                                worker=first.worker) for chunk in p.sizes for steps in p.steps for name in (*ONE, *TWO)}
         runs = in_turns(ways, picture, p.chunks_each, p.rounds_each)
     rows, tokens = [], (picture.shape[0] // 16) ** 2

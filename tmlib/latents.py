@@ -83,8 +83,8 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path, hear=Non
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
-    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight, and seed,
-    for hear: (waves (n, samples), which clips they are of, generator) -> what is heard of them, for training in noise; None: all as it is.
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight; with
+    `hear` also seed. hear, for training in noise: (waves (n, samples), which clips they are of, generator) -> what is heard of them; None: all as it is.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
     """

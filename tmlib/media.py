@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import RATE, UserError, atomic
+from .config import RATE, UserError, atomic, one_line
 
 RATES = (8_000, 192_000)                # accepted at the door: below, speech has lost its consonants; above, a broken header
 FULL_SCALE = 0.999                      # a sample at or above this touched the limit of its recorder
@@ -159,7 +159,7 @@ def _opened(path: Path, file):
 
 
 def _why(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------ picture in
@@ -318,13 +318,13 @@ class VideoWriter:
                             "another folder") from None
 
 
-def check_output(path, suffix: str = ".mp4") -> None:
-    """UserError unless a file of this name could be written: asked before the work, not after it."""
+def check_output(path) -> None:
+    """UserError unless an .mp4 of this name could be written: asked before the work, not after it."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; add a file name, such as {path / ('out' + suffix)}")
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{path}: the name must end in {suffix}; for example {path.with_suffix(suffix)}")
+        raise UserError(f"{path}: is a folder; add a file name, such as {path / 'out.mp4'}")
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: the name must end in .mp4; for example {path.with_suffix('.mp4')}")
     folder = next(p for p in path.absolute().parents if p.exists())     # those below it are made when the file is
     try:
         TemporaryFile(dir=folder).close()

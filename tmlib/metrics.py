@@ -186,7 +186,7 @@ def sharpness(frames: np.ndarray) -> np.ndarray:
 
 
 def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 - cos of features (n, d) and (n, d) or (d,)."""
+    """1 - cos of features (..., d), of shapes that broadcast: (...)."""
     return 1 - (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)
 
 

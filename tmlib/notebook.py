@@ -39,7 +39,7 @@ def parameters(source) -> dict:
     except FileNotFoundError:
         raise config.UserError(f"{source}: no such notebook") from None
     except Exception as error:                                  # nbformat has no one base class for what a bad file raises
-        raise config.UserError(f"{source}: not a notebook ({' '.join(str(error).split())[:200]})") from None
+        raise config.UserError(f"{source}: not a notebook ({config.one_line(error, 200)})") from None
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
     if len(tagged) != 1:
         raise config.UserError(f"{source}: expected one cell tagged `parameters`, found {len(tagged)}")
@@ -219,8 +219,7 @@ def kill_children() -> None:
 
 def _explain(source: Path, partial: Path, error: BaseException) -> str:
     shown = partial.relative_to(config.ROOT) if partial.is_relative_to(config.ROOT) else partial
-    name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
-    text = " ".join(text.split())
+    name, text = getattr(error, "ename", type(error).__name__), config.one_line(getattr(error, "evalue", error))
     if name == "UserError":
         return f"{text} ({source}; partial copy: {shown})"
     if name == "DeadKernelError":

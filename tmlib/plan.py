@@ -23,7 +23,7 @@ from .layers import Block, Context
 
 TEXT, IMAGE = 512, 257                            # tokens of UMT5 and CLIP in Wan2.1
 WIDTHS = {"fp32": 4, "bf16": 2, "fp8": 1}         # bytes per element
-RATE = 790e12 * 0.65                              # assumed: 65 % of what large bf16 products reach on an H200, whose data sheet says 990e12
+FLOPS = 790e12 * 0.65                             # assumed: 65 % of what large bf16 products reach on an H200, whose data sheet says 990e12
 CARDS, CODEC = (80, 141), 4                       # GB of a card; assumed of the codec's decoder: weights, past, the pictures of a chunk
 NO_INPUT_GRADIENT = ("patch", "time in", "text in")              # first on their path: backward makes a weight gradient only
 KNOWN = frozenset({"time", "text", "image"})      # what a stream remembers for ever; audio from a chunk's second step on
@@ -239,7 +239,7 @@ def show(title: str, rows: dict[str, list | str | float], head: list[str] = ()) 
         print("  " + line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:])))
 
 
-def paper_rows(c, tokens, reference=None, rate=RATE) -> dict[str, list]:
+def paper_rows(c, tokens, reference=None, rate=FLOPS) -> dict[str, list]:
     """What a chunk costs, from a configuration: per chunk size TFLOP per step (linear, products), then time and rate at 2, 4 steps."""
     rows = {}
     for chunk in (3, 7):
@@ -292,11 +292,11 @@ def report(args) -> None:
     show("TFLOP of one denoising step of a chunk", {**table, "in all": [total(p) / 1e12 for p in parts.values()]}, list(parts))
     whole = total(chunk_flops(c, args.chunk, S, args.steps))
     show(f"A chunk of {args.steps} steps", {"TFLOP": whole / 1e12, "GB read and written, at least":
-         args.steps * step_bytes(c, count, args.chunk, S, width) / 1e9, f"s at {RATE / 1e12:.0f} TFLOP/s (not measured)": whole / RATE})
+         args.steps * step_bytes(c, count, args.chunk, S, width) / 1e9, f"s at {FLOPS / 1e12:.0f} TFLOP/s (not measured)": whole / FLOPS})
 
     head = ["TFLOP/step", "linear", "products", "s, 2 steps", "s, 4 steps", "frames/s, 2", "frames/s, 4"]
     silent = build(args.variant, audio_dim=None).config
-    show(f"What a chunk costs at {RATE / 1e12:.0f} TFLOP/s (assumed), estimated without sound: no audio, chunk 0 of 3 frames", paper_rows(silent, S, 3), head)
+    show(f"What a chunk costs at {FLOPS / 1e12:.0f} TFLOP/s (assumed), estimated without sound: no audio, chunk 0 of 3 frames", paper_rows(silent, S, 3), head)
     show("The same, as this code streams: with its audio path, chunk 0 as large as the others", paper_rows(c, S), head)
 
 

@@ -49,7 +49,7 @@ def load(folder=None) -> list[Recording]:
             wave = speech.normalise(media.read_audio(path.parent / row["file"]))
             out.append(Recording(row["file"].rpartition(".")[0], wave, parse(row["phones"], len(wave) / RATE)))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, YAMLError) as error:
-        raise UserError(f"{path}: write a list of file and phones, as `python -m tmlib.recordings` prints them ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: write a list of file and phones, as `python -m tmlib.recordings` prints them ({config.one_line(error)})") from None
     return out
 
 

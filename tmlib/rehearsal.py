@@ -22,7 +22,6 @@ class Turn:
     """What the caller says, and what becomes of it."""
     question: str
     answer: str                                  # the right one
-    kind: str
     wave: np.ndarray                             # float32 (n,)
     interrupts: bool = False                     # it breaks into the answer before
     frame: int | None = None                     # of the call, in which it begins
@@ -191,5 +190,5 @@ def scores(calls: list[Call], tracks: list[tuple[np.ndarray, np.ndarray]]) -> di
 def percentile(name: str, values: np.ndarray, q: float, n: int = 2000, seed: int = 0) -> dict[str, float]:
     """A percentile with its 95 % bootstrap interval: name, name_lo, name_hi."""
     drawn = np.random.default_rng(seed).choice(values, (n, len(values)))
-    lo, hi = np.percentile(np.percentile(drawn, q, axis=1), [2.5, 97.5])
-    return {name: float(np.percentile(values, q)), f"{name}_lo": float(lo), f"{name}_hi": float(hi)}
+    lo, hi = np.percentile(np.percentile(drawn, q, axis=1), [2.5, 97.5]).tolist()
+    return metrics.named(name, (float(np.percentile(values, q)), lo, hi))

@@ -42,9 +42,9 @@ def sayable(sentences: list[str], voices: list) -> list[str]:
     return [s for s in sentences if known(s)]
 
 
-def clips(n: int, kind: str, voices: list, sentences: list[str], **shape) -> list[Clip]:
-    """n clips on faces that nothing else uses, the same for every kind, spoken by these voices; shape: frames, fps, size of `data.Spec`."""
-    return [data.make_clip(data.Spec(900_000 + i, kind, "speaking", STYLES[i % 3], 10_000_000 + i, **shape), (voices, sentences)) for i in range(n)]
+def clips(n: int, voices: list, sentences: list[str], **shape) -> list[Clip]:
+    """n clips on faces that nothing else uses, always the same ones, spoken by these voices; shape: frames, fps, size of `data.Spec`."""
+    return [data.make_clip(data.Spec(900_000 + i, "test", "speaking", STYLES[i % 3], 10_000_000 + i, **shape), (voices, sentences)) for i in range(n)]
 
 
 def aloud(readers: list, n: int, frames: int, fps: int, size: int) -> list[Clip]:

@@ -33,7 +33,7 @@ def sources(root: Path) -> list[str]:
 
 
 def _walk(root: Path) -> set[str]:
-    from pathspec import GitIgnoreSpec  
+    from pathspec import GitIgnoreSpec
 
     ignore = root / ".gitignore"
     spec = GitIgnoreSpec.from_lines(ignore.read_text(encoding="utf-8").splitlines() if ignore.exists() else [])

@@ -1,4 +1,4 @@
-"""The other processes of a stage:  python -m tmlib.shadow SOURCE [--section teacher]     (`tmlib.notebook` starts them)
+"""The other processes of a stage:  python -m tmlib.shadow SOURCE [--injected JSON]     (`tmlib.notebook` starts them)
 
 A shadow runs the code cells of a notebook in order, as rank 0's kernel does, but keeps nothing: its part is the share of the work
 that the library deals to it (`ranks`). What it prints goes to its log.
@@ -46,9 +46,9 @@ def start(source, injected: dict, processes: int, meet: str, logs: Path) -> dict
         os.environ |= {"TM_RANK": str(rank), "TM_WORLD": str(processes), "TM_MEET": str(Path(meet) / "ranks"), "CUDA_VISIBLE_DEVICES": gpus[rank]}
         if rank:
             log = logs / f"{Path(source).stem}-{rank}.log"
-            words = ["--section", injected["section"]] if "section" in injected else []
+            command = [sys.executable, "-m", "tmlib.shadow", source, "--injected", json.dumps(injected)]
             with open(log, "w") as file:
-                started[log] = subprocess.Popen([sys.executable, "-m", "tmlib.shadow", source, *words], stdout=file, stderr=file, cwd=config.ROOT)
+                started[log] = subprocess.Popen(command, stdout=file, stderr=file, cwd=config.ROOT)
     return started
 
 
@@ -86,18 +86,18 @@ def follow_parent() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmlib.shadow", description="Run a notebook's cells beside rank 0.")
     parser.add_argument("source")
-    parser.add_argument("--section")
+    parser.add_argument("--injected", type=json.loads, default={}, metavar="JSON", help="parameters of the notebook, as rank 0's kernel has them")
     args = parser.parse_args()
     follow_parent()
     names = {"__name__": "__main__", "display": lambda *_: None}
-    for index, code in enumerate(cells(args.source, {"section": args.section} if args.section else {})):
+    for index, code in enumerate(cells(args.source, args.injected)):
         try:
             exec(compile(code, f"{args.source}, code cell {index}", "exec"), names)
         except config.UserError:
             raise
         except BaseException as error:
             traceback.print_exc()
-            print(f"{args.source}, code cell {index}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+            print(f"{args.source}, code cell {index}: {type(error).__name__}: {config.one_line(error, 300)}", file=sys.stderr, flush=True)
             os._exit(1)                                      # at once: the ranks that wait for this one must hear of it
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)                                              # gloo's threads do not always survive the interpreter's own way out

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import config, metrics
-from .config import FRAME, Progress, UserError
+from .config import FPS, FRAME, Progress, UserError
 from .latency import scene
 from .placement import PLACEMENTS
 
@@ -80,7 +80,7 @@ def soak(make, picture: np.ndarray, chunks: int, turns: int = TURNS, progress=No
             "first_ms_p50": first, "last_ms_p50": last, "last_over_first": last / first,
             "thousands_ms_p50": [ms(part) for part in np.array_split(seconds[WARMUP:], max(1, chunks // 1000))],
             "resident_mb_first": before / 1e6, "resident_mb_last": after / 1e6, "grown": after / before - 1 if before else None,
-            "real_time_factor": 4 * streamer.chunk * (chunks - WARMUP) / 16 / float(seconds[WARMUP:].sum())}
+            "real_time_factor": 4 * streamer.chunk * (chunks - WARMUP) / FPS / float(seconds[WARMUP:].sum())}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from . import talk
     torch.set_num_threads(1)                     # one device is one core
-    models = talk.load_models(Path(args.models) if args.models else talk.default_models())
+    models = talk.load_models(talk.models_folder(args.models))
     size = models.how["size"]
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     make = lambda: talk.make_streamer(models, placement=args.placement)

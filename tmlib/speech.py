@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import engines, recited, speakers
-from .config import DATA, RATE, UserError
+from .config import DATA, RATE, UserError, one_line
 
 SPLITS = ("train", "valid", "test", "natural")
 ENGINES = {"espeak": engines.espeak, "piper": engines.piper, "recited": recited.recited}
@@ -63,7 +63,6 @@ class Utterance:
     wave: np.ndarray
     phones: tuple
     text: str
-    voice: str
 
 
 def synthesise(text, voice):
@@ -76,7 +75,7 @@ def synthesise(text, voice):
     if not len(samples):
         raise UserError(f"voice {voice.name} said nothing for {text!r}: use words that it can read")
     wave = normalise(resample(samples, rate, RATE))
-    return Utterance(wave, _tile([p for g in groups for p in spell(g)], len(wave) / RATE), text, voice.name)
+    return Utterance(wave, _tile([p for g in groups for p in spell(g)], len(wave) / RATE), text)
 
 
 def phone_ids(utterance, rate_hz, n):
@@ -113,7 +112,7 @@ def load_voices():
         return {split: [Voice(**row) for row in rows[split]] for split in SPLITS}
     except (KeyError, TypeError, YAMLError) as error:
         raise UserError("data/voices.yaml: write train, valid, test, natural, each a list of name, engine, language, rate, pitch, range "
-                        f"({' '.join(str(error).split())})") from None
+                        f"({one_line(error)})") from None
 
 
 def reciters():

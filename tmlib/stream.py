@@ -1,13 +1,14 @@
 """The streaming runtime: sound in pieces of any size goes in, frames come out chunk by chunk, for ever.
 
     sound = LiveSound()                                      # another thread calls sound.push(wave), and at last sound.close()
-    with Streamer(dit, vae, encoder, "two_process", resumable=True) as streamer:
+    with Streamer(dit, vae, encoder, "two_process", timesteps=flow.timesteps(2, 3.0), resumable=True) as streamer:
         for chunk in streamer.chunks(picture, sound, text=speaking, listening=listening):
             play(chunk.frames, chunk.wave)
 
 - Where its two stages run is `placement`'s matter; a live call's sound is `sound.LiveSound`.
 - Prompts and pictures may change while it runs; they take effect at the next chunk's border.
-- Every failure ends the stream with one UserError; what was delivered stays valid, and a resumable stream goes on from there.
+- No memory left, a source of sound or a decoder's process that fails: one UserError ends the stream. What was delivered stays valid, and a
+  resumable stream goes on from there. Any other mistake in this process shows itself as it is.
 """
 
 import threading
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from . import flow
+from .attention import WINDOW
 from .chain import Chain, noise_maker
 from .config import FRAME, RATE, STRIDE, UserError
-from .placement import PLACEMENTS, Chunk, ahead, by_latent, clearly, decoded, device_of, mark, ready, to_frames
+from .placement import PLACEMENTS, Chunk, ahead, by_latent, clearly, decoded, device_of, mark, ready
 from .sound import Sound
 from .vae import i2v_condition
 
@@ -78,32 +79,29 @@ class Streamer:
     """A talking face for ever: `for frames in streamer.stream(image, audio_chunks)` yields uint8 (t, H, W, 3), chunk by chunk.
 
     dit, vae, audio_encoder: see `WanDiT`, `VideoVAE` (encode, decode) and `SpeechEncoder` (tokens, lookahead_samples).
-    Memory and time per chunk do not grow. steps and shift, or `timesteps` outright; chunk, cache, guidance: see `Chain`. history_s: sound that is kept, by default what the encoder needs.
-    placement: see `placement`. vae_device: the decoder's, for two_device and two_process (default: another GPU if there is
-    one, else the DiT's own). depth: chunks that each stage may be ahead. resumable: keep after each chunk what `resume` needs (a copy
-    of the previous chunk's K/V: cheap for a miniature, gigabytes a chunk at full size). undo: chunks that `rewind` may take back (each one more
-    copy). in_parts: chunks come latent frame by latent frame, each as soon as it is decoded, the same frames (`placement.by_latent`); `resume` and
-    `rewind` go on from whole ones. blocking: two_process without overlap of transfers.
-    worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
+    Memory and time per chunk do not grow. timesteps: of the denoising steps, falling, see `flow.timesteps`; chunk, cache: see `Chain`.
+    placement: see `placement`; two_device and two_process decode on another GPU if there is one. depth: chunks that each stage may be ahead.
+    resumable: keep after each chunk what `resume` needs (a copy of the previous chunk's K/V: cheap for a miniature, gigabytes a chunk at full
+    size). undo: chunks that `rewind` may take back (each one more copy). in_parts: chunks come latent frame by latent frame, each as soon as it
+    is decoded, the same frames (`placement.by_latent`); `resume` and `rewind` go on from whole ones. blocking: two_process without overlap of
+    transfers. worker: a two_process.Decoder to share with a streamer that does not stream at the same time.
     """
 
-    def __init__(self, dit, vae, audio_encoder, placement="serial", chunk=None, steps=2, cache="per_step", shift=5.0,
-                 timesteps=None, seed=0, window=21, history_s=None, vae_device=None, depth=1, resumable=False, undo=0, in_parts=False,
-                 blocking=False, worker=None, **chain):
+    def __init__(self, dit, vae, audio_encoder, placement="serial", *, timesteps, chunk=None, cache="per_step", seed=0, depth=1,
+                 resumable=False, undo=0, in_parts=False, blocking=False, worker=None):
         if placement not in PLACEMENTS:
             raise UserError(f"placement {placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         self.dit, self.vae, self.audio_encoder = dit, vae, audio_encoder
         self.placement, self.depth, self.resumable, self.undo, self.blocking = placement, depth, resumable or undo > 0, undo, blocking
-        self.chunk, self.seed, self.window, self.in_parts = chunk or dit.chunk, seed, window, in_parts
+        self.chunk, self.seed, self.in_parts = chunk or dit.chunk, seed, in_parts
         if self.chunk % (group := getattr(getattr(audio_encoder, "cfg", None), "group", 1)):
             raise UserError(f"the speech encoder hears {group} latent frames at a time, and chunks of {self.chunk} are no whole groups: load it with `load_speech(folder, {self.chunk})`")
-        self.history_s = history_s
-        self.chain = dict(chain, cache=cache, chunk=self.chunk, ts=timesteps or flow.timesteps(steps, shift))
+        self.chain = dict(cache=cache, chunk=self.chunk, ts=timesteps)
         self.text = self.listening = self.take = None
         self.prompts = deque(maxlen=4)           # the last ones, as given and on the DiT's device
         self.worker = worker
         self.pictures = deque(maxlen=1)          # the one to begin with at the next chunk's border
-        self.vae_device = vae_device or another(dit.device)
+        self.vae_device = another(dit.device)
         if placement == "two_device" and hasattr(vae, "to"):
             vae.to(self.vae_device)
         if placement == "two_process":
@@ -148,7 +146,7 @@ class Streamer:
         image: uint8 (H, W, 3). audio_chunks: an iterable of float waveforms (n,), mono 16 kHz, of any sizes, endless if you
         like, or a LiveSound; silence is added at its end until the last sample has its frame. text (1, tokens, D): the prompt;
         listening: the prompt of chunks whose sound is digital silence (None: the same). image_tokens (1, tokens, D), audio_mask
-        (h, w) in token units. Raises UserError for a bad picture or bad sound, and for whatever ends a stream early.
+        (h, w) in token units. Raises UserError for a bad picture or bad sound, no memory left, and a decoder's process that ends.
         """
         given = dict(text=text, listening=listening, image_tokens=image_tokens, audio_mask=audio_mask)
         with closing(self.chunks(image, audio_chunks, **given)) as chunks:
@@ -209,7 +207,7 @@ class Streamer:
 
     def history(self):
         """Samples to keep before the present chunk; `resume` may go back by all the chunks that were under way."""
-        needed = getattr(self.audio_encoder, "history_samples", 8 * RATE) if self.history_s is None else int(self.history_s * RATE)
+        needed = getattr(self.audio_encoder, "history_samples", 8 * RATE)
         return needed + self.resumable * (2 * self.depth + 3 + self.undo) * self.chunk * STRIDE * FRAME
 
     @contextmanager
@@ -287,7 +285,7 @@ class Streamer:
         if picture is None:
             return
         image, tokens = take.pictures[take.index] = picture
-        cond = i2v_condition(self.vae, to_video(image).to(device_of(self.vae)), self.window, self.dit.config.condition)
+        cond = i2v_condition(self.vae, to_video(image).to(device_of(self.vae)), WINDOW, self.dit.config.condition)
         take.image_tokens = None if tokens is None else tokens.to(self.dit.device)
         take.offset = self.sample(take, take.chain.index * self.chunk) if take.chain else 0
         getattr(self.dit, "forget", lambda: None)()          # recordings of the picture before, and with them its caches (`fast.Graphed`)

@@ -67,6 +67,10 @@ def key_of(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.key.json"
 
 
+def counted_of(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.counted.json"
+
+
 def free(folder: Path) -> None:
     """UserError if a study, or anything else, would be written over: votes cannot be counted without their key."""
     if not folder.name:
@@ -102,7 +106,7 @@ def write_pair(path: Path, left: np.ndarray, right: np.ndarray, wave: np.ndarray
     """Frames uint8 (T, H, W, 3), of one height, and their sound -> one mp4, as long as the shorter one."""
     T, H = min(len(left), len(right)), left.shape[1]
     gap, at = np.zeros((T, H, GAP, 3), np.uint8), lambda t: t * media.RATE // fps
-    with media.VideoWriter(path, fps, (H, left.shape[2] + GAP + right.shape[2]), scale=max(1, 384 // H)) as video:
+    with media.VideoWriter(path, fps, (H, left.shape[2] + GAP + right.shape[2]), scale=max(1, media.WATCHABLE // H)) as video:
         for lo in range(0, T, fps):                             # second by second: memory, and an mp4 that plays while it loads
             hi = min(lo + fps, T)
             video.write(np.concatenate([left[lo:hi], gap[lo:hi], right[lo:hi]], 2), wave[at(lo):at(hi)])
@@ -192,7 +196,7 @@ def ballot(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tmlib.study", description="A blind side-by-side study: make its page, count its votes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = (one := commands.add_parser("make", help="write FOLDER, which voters get, and FOLDER.key.json, which they do not")).add_argument
+    add = commands.add_parser("make", help="write FOLDER, which voters get, and FOLDER.key.json, which they do not").add_argument
     add("folder", help="a new folder for the page and its videos")
     add("--clips", type=int, default=12, metavar="N", help="pairs, besides the checks (default 12)")
     add("--against", choices=("undistilled", "teacher"), default="undistilled",
@@ -200,7 +204,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--ours", metavar="DIR", help="compare videos of this folder instead ...")
     add("--theirs", metavar="DIR", help="... with those of the same names in this one")
     add("--real", metavar="DIR", help="with them: true recordings, for the checks")
-    add = (two := commands.add_parser("count", help="votes -> reports/metrics/user_study.json, or FOLDER.counted.json where the videos are not this workbook's")).add_argument
+    add = commands.add_parser("count", help="votes -> reports/metrics/user_study.json, or FOLDER.counted.json where the videos are not this workbook's").add_argument
     add("folder", help="the folder that `make` wrote, its key beside it")
     add("votes", nargs="+", help="the voters' files")
     return parser
@@ -233,7 +237,7 @@ def _count(args) -> int:
     from .claims import CLAIMS
     found, needed = count(args.folder, args.votes), next(bar.bar for bar in CLAIMS["N3"].bars if bar.key == "voters")
     own = "scale" in found                                      # videos of this workbook's student: N3 is about no other's
-    config.save_json(out := config.METRICS / "user_study.json" if own else Path(args.folder).with_suffix(".counted.json"), found)
+    config.save_json(out := config.METRICS / "user_study.json" if own else counted_of(Path(args.folder)), found)
     print(f"{out}: {100 * found['preference']:.0f} % ({100 * found['preference_lo']:.0f} to {100 * found['preference_hi']:.0f}) would rather watch ours than "
           f"{found['against']}; {found['voters']} voters, {found['excluded']} excluded, {found['clips']} clips, {found['ties']} ties."
           + (" For N3 in the report: dvc repro --force --single-item report" if own else ""))

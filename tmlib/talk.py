@@ -74,6 +74,15 @@ def default_models() -> Path:
     return config.MODELS if (config.MODELS / "student" / "stream.json").exists() else config.DATA / "demo"
 
 
+def models_folder(given: str | None) -> Path:
+    """The folder that --models names, or `default_models`; UserError if there is none."""
+    folder = Path(given) if given else default_models()
+    if not folder.is_dir():
+        fix = "check the name" if given else "run `make repro`, or give a folder of trained models with --models"
+        raise UserError(f"{folder}: no such folder of models; {fix}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Models:
     """A folder of trained models, and how its student was distilled (stream.json: steps, shift, cache, chunk, face_region)."""
@@ -131,12 +140,24 @@ def make_streamer(m: Models, steps: int | None = None, cache: str | None = None,
     return stream.Streamer(m.dit, m.vae, m.encoder, placement, chunk=m.how["chunk"], cache=cache or m.how["cache"], timesteps=times, seed=seed, **more)
 
 
+def shown(m: Models, picture: np.ndarray, style: str | None, modes: tuple[str, str] = ("speaking", "listening")) -> dict:
+    """What `Streamer.stream` is told about a picture uint8 (H, W, 3): two prompts, for chunks with sound and for silent ones (`modes`), in this style if
+    it is said; the picture's tokens; where faces are."""
+    import torch
+
+    from . import data
+    text, listening = (m.conditions.prompt(style or None, mode, m.dit.config.text_dim)[None] for mode in modes)      # (1, tokens, text_dim)
+    tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])                                           # (1, tokens, image_dim)
+    return dict(text=text, listening=listening, image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+
+
 def warm(streamer, image: np.ndarray, **conditions) -> None:
     """Stream silence until the code is compiled and the kernels are loaded that `load_models` with a speed will use; conditions: see `Streamer.stream`."""
+    from .attention import WINDOW
     silence = itertools.repeat(np.zeros(streamer.chunk * 4 * FRAME, np.float32))
     with closing(streamer.stream(image, silence, **conditions)) as frames:
         next(frames)
-        while streamer.take.index < math.ceil(streamer.window / streamer.chunk) + 3:
+        while streamer.take.index < math.ceil(WINDOW / streamer.chunk) + 3:
             next(frames)
 
 
@@ -148,13 +169,8 @@ def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt:
     from . import data
     m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), speed)
     streamer = make_streamer(m, steps, cache, seed, placement)
-    text = m.conditions.prompt(prompt or None, "speaking", m.dit.config.text_dim)[None]    # (1, tokens, text_dim)
-    as_float = lambda image: data.to_float(image[None])[:, 0]                           # (3, H, W)
-    region = torch.tensor(m.how["face_region"])                                         # (h, w)
-
-    def frames(image, waves):
-        return streamer.stream(image, waves, text=text, image_tokens=m.conditions.tokens(as_float(image)[None]), audio_mask=region)
-    return Talker(frames, lambda image: m.face.in_world(as_float(image)), m.how["size"], streamer.chunk)
+    frames = lambda image, waves: streamer.stream(image, waves, **shown(m, image, prompt, ("speaking", "speaking")))      # who reads aloud pauses, but does not listen
+    return Talker(frames, lambda image: m.face.in_world(data.to_float(image[None])[:, 0]), m.how["size"], streamer.chunk)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -210,11 +226,7 @@ def _check(args) -> Path:
     for given in (args.face, args.speech):
         if Path(given).resolve() == Path(args.out).resolve():
             raise UserError(f"{args.out}: is also an input, which the video would replace; choose another name")
-    folder = Path(args.models) if args.models else default_models()
-    if not folder.is_dir():
-        fix = "check the name" if args.models else "run `make repro`, or give a folder of trained models with --models"
-        raise UserError(f"{folder}: no such folder of models; {fix}")
-    return folder
+    return models_folder(args.models)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import chain, flow, losses, ranks
+from . import ranks
 from .config import SCRATCH, Progress, atomic, note, resumable
-from .latents import Latents
 from .muon import Muon
-from .sampling import denoiser
 
 
 @dataclass
@@ -188,7 +185,7 @@ def train(players: list[Player], steps: int, seed: int, folder: Path, what: str,
           log_every: int = 20, stop_at: int | None = None) -> list[dict]:
     """Runs steps 0 .. steps - 1, going on from the state in `folder` if there is one; returns the log (one dict per `log_every`, of means since the last).
 
-    Saving the state may take `save_share` of the time, and comes every two seconds at most. With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
+    Saving the state may take `save_share` of the time, and counts as 0.06 s at least: so 0.03 is every two seconds at most. With EMA the players' models hold the averaged weights at the end. `stop_at` ends early with the state saved (tests).
     """
     for p in players:
         p.optimisers = build_optimisers(p.model, p.optim)
@@ -243,27 +240,6 @@ def heed_memory(what: str, dit: nn.Module, *args, **how) -> None:
         least, there = least_memory(dit, *args, **how) / 1e9, torch.cuda.get_device_properties(0).total_memory / 1e9
         if least > there:
             note(f"{what} will run out of memory: it takes more than {least:.0f} GB on each GPU, and this one has {there:.0f} GB; use larger cards, or more of them (`processes` in params.yaml)")
-
-
-def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
-    """The loss of stages 0-2, in parts: every clip of a batch at `p.repeats` stratified noise levels, conditions dropped for guidance.
-
-    p: batch, at_once (see `ranks.parts`), repeats, shift, drop_audio (1: the model never hears sound), drop_text.
-    """
-    def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
-        silent = p.drop_audio >= 1
-        index = latents.draw(p.batch, g)                                                         # the whole batch: equal on all ranks
-        heard = None if silent else torch.rand(p.batch, generator=g) >= p.drop_audio
-        told = torch.rand(p.batch, generator=g) >= p.drop_text
-        n = p.batch * p.repeats
-        u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n                     # stratified in (0, 1)
-        eps = torch.randn(n, *latents.shape, generator=g)                                        # drawn on the CPU: equal everywhere
-
-        batch = latents.batch(index[part])
-        batch = (batch.silent() if silent else batch.keep(audio=heard[part])).keep(text=told[part]).repeat(p.repeats).to(dit.device)
-        t, eps = (x.unflatten(0, (p.batch, p.repeats))[part].flatten(0, 1).to(dit.device) for x in (1000 * flow.shift_sigma(u, p.shift), eps))
-        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * chain.bare(dit).loss_weight(batch.z, t))}
-    return [partial(loss, part) for part in ranks.parts(p.batch, p.at_once)]
 
 
 def autocast(wanted: bool, device: torch.device) -> torch.autocast:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from .config import UserError
-from .placement import ahead, decoded, device_of, mark, ready, received
+from .placement import ahead, decoded, device_of, ready, received
 
 JOIN_S, SETTLE_S = 600, 10                      # for the processes to meet on a busy machine; to finish what nobody takes
 
@@ -81,8 +81,7 @@ class Decoder:
         self.tell((save, blocking, packed(past)))
         try:
             for chunk in chunks:
-                with mark(chunk, "send"):
-                    self.send(chunk, blocking)
+                self.send(chunk, blocking)
                 yield chunk
         finally:
             if self.alive:
@@ -218,8 +217,8 @@ def serve(vae, pipe, folder, device, nccl, threads):
             for chunk in ahead(decoded(arriving, vae, save, unpacked(past, device)), 1, device, "vae"):
                 give_back(pipe, chunk)
             pipe.send(None)                                  # all of this stream
-    except (EOFError, OSError):
-        return                                               # the other side has closed
+    except (EOFError, ConnectionError):
+        return                                               # the other side has closed the pipe
     except UserError as error:
         pipe.send(str(error))
     except Exception as error:

@@ -5,15 +5,13 @@ What is known about a clip reaches every block as a scale and shift per latent f
 in training, sampling and distillation; it only knows whole clips, so it cannot stream.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flow, ranks
+from . import flow
 from .config import UserError
-from .hub import save_own
 from .layers import FeedForward, TwoLinear, sinusoid
 from .vae import ChannelNorm
 
@@ -105,8 +103,3 @@ class VideoUNet(nn.Module):
     def loss_weight(self, x: Tensor, t: Tensor) -> Tensor | float:
         """As `WanDiT.loss_weight`."""
         return 1.0 if self.cfg.prior_std is None else flow.prior_variance(x, self.std_at(x), t)
-
-
-def save_unet(unet: VideoUNet, path: Path) -> None:
-    """Writes one file, see `hub.save_own`."""
-    save_own(path, {k: ranks.whole(v) for k, v in unet.state_dict().items()}, unet.cfg)

@@ -47,6 +47,8 @@ def collect(folder, out, s: Settings, shares: dict[str, float], workers: int, sc
             raise UserError(f"params.yaml: data.most: {each}: {n}; give splits of data.shares ({', '.join(shares)}) a number of clips above 0, or null for all")
     parts = places(folder, s, scratch)
     names = list(parts)
+    for each in shares:
+        replaceable(out / each)
     sweep(scratch), sweep(out)
     todo = [(folder / name, part, s) for name, part in parts.items() if not (part / "part.json").exists()]
     if len(todo) < len(names):
@@ -197,9 +199,16 @@ def follow() -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written (`config.atomic` names it so)."""
+    """Remove what a killed run left half-written, and nothing else: the folder may be anybody's."""
     for half in folder.glob(".*.part*") if folder.is_dir() else ():
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
+        if config.HALF.fullmatch(half.name):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
+
+
+def replaceable(split: Path) -> None:
+    """UserError for a folder that the new split would replace and that is none."""
+    if split.exists() and not (split / "clips.json").exists() and not (split.is_dir() and not any(split.iterdir())):
+        raise UserError(f"{split}: is there already and holds no clips, and the split would replace it; give another --out, or move it away")
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -63,7 +63,7 @@ class WanVAE(nn.Module):
         return torch.cat(frames, 2).float().clamp(-1, 1).to(home), new                    # (B, 3, 4F or 4F - 3, H, W)
 
 
-def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -> WanVAE:
+def load_wan_vae(source, dtype=torch.float32, device="cpu") -> WanVAE:
     """The codec of a diffusers folder ("vae/" inside, or itself) or hub id; UserError names the file that is missing or unfit."""
     from diffusers import AutoencoderKLWan
     folder = find_part(source, "vae")
@@ -76,7 +76,7 @@ def load_wan_vae(source, dtype=torch.float32, device="cpu", together: int = 1) -
     if len(config.get("dim_mult", (1, 2, 4, 4))) != 4 or sum(config.get("temperal_downsample", (0, 1, 1))) != 2:
         raise UserError(f"{folder / 'config.json'}: does not compress 4 times in time and 8 times in space; give Wan2.1's codec")
     net = load_part(AutoencoderKLWan, folder, dtype, device, low_cpu_mem_usage=False)         # else diffusers asks for accelerate
-    return WanVAE(net, together).eval()
+    return WanVAE(net).eval()
 
 
 def load_codec(folder, device="cpu", dtype=torch.float32) -> VideoVAE | WanVAE:

@@ -117,7 +117,7 @@ class Wav2VecEncoder(nn.Module):
             lo, hi = self.window(seconds, start + len(wave))
             if lo < start:
                 raise UserError(f"wav2vec: sound from {lo / RATE:.2f} s on is needed, the buffer begins at {start / RATE:.2f} s; "
-                                f"keep {self.history_samples / RATE:.2f} s (history_s) or lower past_s")
+                                f"keep {self.history_samples / RATE:.2f} s or lower past_s")
             feats = self.features(cut(wave, lo - start, hi - start).to(self.net.device))
             place = ((seconds * RATE - lo - self.sees / 2) / self.hop).clamp(0, len(feats) - 1).to(feats.device)
             left = place.long()

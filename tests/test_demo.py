@@ -1,0 +1,33 @@
+"""demo: half precision changes the precision alone, and what is committed is whole."""
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tmlib import config, demo
+from tmlib.config import UserError
+
+
+def test_halving_keeps_all_but_the_last_bits(tmp_path):
+    given = {"w": torch.randn(3, 4), "tiny": torch.full((2,), 1e-9), "bf16": torch.ones(2, dtype=torch.bfloat16), "count": torch.arange(3)}
+    save_file(given, tmp_path / "a.safetensors", {"config": "{}"})
+    demo.halve(tmp_path / "a.safetensors", tmp_path / "new" / "a.safetensors")
+    made = load_file(tmp_path / "new" / "a.safetensors")
+    assert {k: v.dtype for k, v in made.items()} == {"w": torch.float16, "tiny": torch.float16, "bf16": torch.bfloat16, "count": torch.int64}
+    for name, value in made.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(value.double(), given[name].double(), rtol=1e-3, atol=1e-7)
+    with safe_open(tmp_path / "new" / "a.safetensors", "pt") as f:
+        assert f.metadata() == {"config": "{}"}
+
+
+def test_a_number_that_half_precision_has_not_is_told(tmp_path):
+    save_file({"w": torch.tensor([1.0, 70_000.0])}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="a.safetensors: w holds numbers that half precision does not"):
+        demo.halve(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in demo.FILES if name.endswith(".safetensors")])
+def test_the_committed_models_are_finite(name):
+    assert all(v.isfinite().all() for v in load_file(config.DATA / "demo" / name).values())

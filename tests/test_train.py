@@ -160,6 +160,10 @@ def test_learning_rates_follow_the_schedule(tmp_path):
     train.train([p], 4, 0, tmp_path, "x")
     assert [s[0] for s in seen] == pytest.approx([0.05, 0.075, 0.05, 0.025])
     assert [s[1] for s in seen] == pytest.approx([3 * s[0] for s in seen])
+    seen.clear()
+    p.every = 2
+    train.train([p], 7, 0, tmp_path / "rare", "x")
+    assert [s[0] for s in seen] == pytest.approx([0.05, 0.075, 0.05, 0.025])                   # by its own steps, of which there are four
 
 
 def test_muon_takes_hidden_matrices_and_kernels_only():

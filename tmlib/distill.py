@@ -53,7 +53,7 @@ def solve(teacher, latents: Latents, p, kept: Path, path: Path | None = None) ->
     for k, some in enumerate(torch.arange(p.pairs).split(ranks.WORLD * p.at_once if p.at_once else p.batch)):
         part = Path(kept).with_name(f"{Path(kept).stem}-{k}.safetensors")
         if not part.exists():                                                 # rank 0 writes it once all have seen that it is missing
-            made = ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), clip_noise(seed[mine], latents.shape),
+            made = ranks.spread(some, lambda mine: sampling.teacher(teacher, latents.batch(index[mine]), seed[mine],
                                                                     p.pair_steps, p.pair_shift, p.guidance))
             with atomic(part) as tmp:
                 save_file({"target": made}, tmp)

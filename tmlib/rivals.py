@@ -46,9 +46,8 @@ def rendered(pairs: int, checks: int, against: str) -> tuple[list[Item], list[It
     codec, how = load_codec(config.MODELS, p.device), SimpleNamespace(**config.load_json(config.MODELS / "student" / "stream.json"))
     load = lambda name: WanDiT.from_pretrained(config.MODELS / name, device=p.device).eval().requires_grad_(False)
     student, teacher = load("student"), load("teacher")
-    noise = lambda batch, index: sampling.clip_noise(index, batch.z.shape[1:])
     makers = {"ours": lambda *given: sampling.student(student, *given, how), "undistilled": lambda *given: sampling.student(teacher, *given, how),
-              "teacher": lambda *given: sampling.teacher(teacher, given[0], noise(*given), q.sample_steps, q.sample_shift, q.guidance)}
+              "teacher": lambda *given: sampling.teacher(teacher, *given, q.sample_steps, q.sample_shift, q.guidance)}
     progress, films = Progress(2 * pairs, "render"), {}
     for who in ("ours", against):
         for i in rows[:pairs]:                                  # as deployed: the face is where the first picture has it

@@ -33,9 +33,9 @@ def at_speed(dit):
 
 
 @torch.no_grad()
-def teacher(dit, batch: Batch, noise: Tensor, steps: int, shift: float, guidance: float, mask: str = "bidirectional") -> Tensor:
-    """Latents (B, 16, F, h, w) from noise of that shape by `steps` Euler steps with guidance on the audio."""
-    batch, noise = batch.to(dit.device), noise.to(dit.device)
+def teacher(dit, batch: Batch, seeds, steps: int, shift: float, guidance: float, mask: str = "bidirectional") -> Tensor:
+    """Latents (B, 16, F, h, w) from the seeds' noise by `steps` Euler steps with guidance on the audio."""
+    batch, noise = batch.to(dit.device), clip_noise(seeds, batch.z.shape[1:]).to(dit.device)
     with at_speed(dit):
         return flow.sample(denoiser(dit, batch, guidance, mask), noise, flow.timesteps(steps, shift)).cpu()
 

@@ -123,7 +123,7 @@ def schedule(step: int, steps: int, o: Optim) -> float:
 
 def play(p: Player, step: int, steps: int, seed: int) -> dict[str, float]:
     """One optimisation step of one player; returns its numbers."""
-    factor = schedule(step, steps, p.optim)
+    factor = schedule(step // p.every, -(-steps // p.every), p.optim)         # by the player's own steps
     for opt in p.optimisers:
         for group in opt.param_groups:
             group["lr"] = group["peak"] * factor

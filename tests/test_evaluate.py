@@ -81,7 +81,7 @@ def test_a_perfect_copy_scores_perfectly(bench):
     assert out["listening_opening_mean"] == out["reader_closed_bias"] == 0 and out["listening_excess"] == 0
     assert out["listening_movement"] == pytest.approx(1) and out["listening_eye_moves_per_s"] == pytest.approx(out["listening_eye_moves_per_s_real"])
     assert out["psnr_db"] > 100 and out["frechet"] == pytest.approx(0, abs=1e-3) and out["identity_distance"] < 0.01
-    assert out["ssim"] == pytest.approx(1) == out["ssim_lo"] and (per_clip["ssim"] > 0.999).all() and per_clip["face"] == [m["identity"] for m in clips.meta]
+    assert out["ssim"] == pytest.approx(1) == out["ssim_lo"] and (per_clip["ssim"] > 0.999).all() and per_clip["face"] == [m["identity"] for m in clips.meta] and (per_clip["movement"] == metrics.movement(clips.frames, clips.face)).all()
     assert out["n"] == 8 and all(np.isfinite(v) for v in out.values())
 
 

@@ -102,13 +102,22 @@ def test_frame_difference(rng):
     np.testing.assert_allclose(metrics.frame_difference(video), by_hand)
 
 
-def test_flicker_is_no_motion(rng):
-    video = film(rng)
-    by_hand = [np.mean([np.abs(v[t + 4].astype(float) - v[t]).mean() for t in range(1, 17)]) for v in video]
-    np.testing.assert_allclose(metrics.motion(video), by_hand)
-    still = np.repeat(video[:, :1], 21, axis=1) // 2
-    flickers = still + (20 * (np.arange(21) % 4)).astype(np.uint8)[:, None, None, None]     # the same in every latent
-    assert metrics.motion(flickers).tolist() == [0] * len(video) and metrics.frame_difference(flickers).mean() > 5
+@pytest.mark.parametrize("each", [1, 4])
+def test_displacement_is_how_far_a_head_moves(rng, each):
+    """Parts of a pixel, and in any size; what has no direction is none."""
+    y, x = np.mgrid[:64 * each, :64 * each] / each
+    head = lambda dx, dy: 120 + 60 * np.exp(-((x - 32 - dx) ** 2 + (y - 28 - dy) ** 2) / 90)
+    t = np.arange(40)
+    video = np.stack([head(0.05 * k, -0.02 * k) for k in t]).astype(np.uint8)[None, ..., None].repeat(3, -1)
+    face = np.broadcast_to(np.float32([16, 12, 48, 56]) * each, (1, 40, 4))
+    moved = metrics.displacement(video, face)
+    assert moved.shape == (1, 23, 2) and np.abs(moved - [0.8, -0.32]).max() < 0.1
+    assert metrics.movement(video, face) == pytest.approx(0.86, abs=0.05)
+    still = np.repeat(video[:, :1] // 2, 40, axis=1)
+    flickers = still + (20 * (t % 4)).astype(np.uint8)[:, None, None, None]
+    noisy = still + rng.integers(0, 20, still.shape).astype(np.uint8)
+    assert metrics.movement(still, face) == 0 and metrics.movement(flickers, face) < 0.02 and metrics.movement(noisy, face) < 0.25
+    assert metrics.frame_difference(flickers).mean() > 5
 
 
 @pytest.mark.parametrize("chunk, count", [(1, 4), (2, 5), (3, 7), (7, 3)])

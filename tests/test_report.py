@@ -30,7 +30,7 @@ def good():
     drift = {f"drift_{kind}_{n}": v for kind, v in (("color", 1.6), ("sharpness", 0.97), ("identity", 0.03)) for n in (1, 10, 100, 1000)}
     return {
         "teacher": lips(0.875),
-        "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, teacher_frechet_ratio=1.1, frechet_ratio=0.88, frechet_ratio_lo=0.8, frechet_ratio_hi=0.95, ssim_gain=0.004, movement=0.8),
+        "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, teacher_frechet_ratio=1.1, frechet_ratio=0.88, frechet_ratio_lo=0.8, frechet_ratio_hi=0.95, ssim_gain=0.004, movement=0.8, teacher_movement_ratio=0.9),
         "streaming": RUN | drift | dict(chunks=1000, toggle_latency_frames=3, lip_r_trend=-0.005, drift_color_trend=0.1, drift_sharpness_trend=-0.01, drift_identity_trend=0.001),
         "latency": dict(scale="mini", serial_fps=61.2, chunk_ms_p50=1234.5, device="CPU, 2 threads", blocking_over_serial=1.6,
                         two_process_over_blocking=1.1, bound_over_blocking=1.3, speedup_no_recompute=1.2, speedup_kv_cache=1.7),
@@ -74,7 +74,7 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
         config.save_json(root / "reports" / "metrics" / f"{name}.json", numbers)
 
     def clips(name, lip_r, far):
-        write(f"per_clip/ablations/{name}", {"lip_r": lip_r, "voice": ["a", "b", "c"], "ssim": [0.8, 0.9 - 0.01 * far], "face": [1, 2], "frechet": far, "frechet_left_out": [far, 1.1 * far]})
+        write(f"per_clip/ablations/{name}", {"lip_r": lip_r, "voice": ["a", "b", "c"], "ssim": [0.8, 0.9 - 0.01 * far], "movement": [2.0, 4.0], "face": [1, 2], "frechet": far, "frechet_left_out": [far, 1.1 * far]})
 
     rows = [dict(chunk=c, steps=s, placement=p, fps_each=fps) for c, s, p, fps in
             ((3, 2, "serial", [100, 50]), (3, 4, "serial", [50, 25]), (7, 2, "serial", [80, 40]), (7, 2, "overlap", [1, 1]))]
@@ -108,14 +108,14 @@ def test_more_steps_and_larger_chunks_are_compared_clip_by_clip(root):
 def test_ablations_stand_beside_their_like(root):
     """next_step and clean_pass are trained by rollout, and so is what they are compared with; what was scored on other clips is compared with nothing."""
     def clips(lip_r, voices="ab"):
-        return {"lip_r": lip_r, "voice": list(voices), "ssim": lip_r, "face": [1, 2], "frechet": 1.0, "frechet_left_out": [1.0, 1.0]}
+        return {"lip_r": lip_r, "voice": list(voices), "ssim": lip_r, "movement": [2.0, 4.0], "face": [1, 2], "frechet": 1.0, "frechet_left_out": [1.0, 1.0]}
 
     each = {"undistilled": clips([0.1, 0.1]), "control": clips([0.5, 0.5]), "matching": clips([0.6, 0.6]), "rolled": clips([0.4, 0.4]), "next_step": clips([0.45, 0.45]),
             "longer": clips([0.55, 0.55]), "mine": clips([0.7, 0.7]), "others": clips([0.7, 0.7], "ac")}
     rows, headings = report.tables({f"per_clip/ablations/{name}": run for name, run in each.items()}, {})["ablations"]
     assert [(row["name"], row["than"], round(row["quality_gain"], 3)) for row in rows] == [
         ("matching", "undistilled", 0.5), ("control", "undistilled", 0.4), ("longer", "control", 0.05), ("matching", "longer", 0.05), ("rolled", "control", -0.1), ("next step", "rolled", 0.05), ("mine", "control", 0.2)]
-    assert list(headings) == ["name", "than", "quality_gain", "ssim_gain", "frechet_ratio"]
+    assert list(headings) == ["name", "than", "quality_gain", "ssim_gain", "frechet_ratio", "movement_ratio"] and rows[0]["movement_ratio"] == 1
     other = [row | {"quality_gain": row["quality_gain_lo"]} for row in rows[:2]]
     report.differences([], report.ABLATIONS, root / "none.png")                                     # what the scale smoke has
     assert (root / "none.png").is_file()

@@ -16,7 +16,7 @@ def root(tmp_path):
     (tmp_path / ".scales" / "seed_1" / ".commit").write_text("c0ffee")
     for name, lip_r in (("control", [0.5, 0.7]), ("again", [0.6, 0.7])):
         config.save_json(tmp_path / ".scales" / "seed_1" / "reports" / "metrics" / "per_clip" / "ablations" / f"{name}.json",
-                         {"lip_r": lip_r, "voice": ["a", "b"], "ssim": lip_r, "face": [1, 2], "frechet": 2.0, "frechet_left_out": [2.0, 2.0]})
+                         {"lip_r": lip_r, "voice": ["a", "b"], "ssim": lip_r, "movement": lip_r, "face": [1, 2], "frechet": 2.0, "frechet_left_out": [2.0, 2.0]})
     return tmp_path
 
 

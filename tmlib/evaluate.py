@@ -94,7 +94,7 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
     bias = float(bench.read(clips.frames[listening])[..., 0].mean())
     quiet, loud = float(read[listening, :, 0].mean()), float(read[speaking, :, 0].mean())
     faces = [clips.meta[i]["identity"] for i in listening]
-    moved = [metrics.motion(frames[listening]) for frames in (video, clips.frames)]
+    moved = [metrics.movement(frames[listening], clips.face[listening]) for frames in (video, clips.frames)]
     eyes, true_eyes = (metrics.eye_moves(metrics.eye_change(frames[listening], eye_box(clips.face[listening]), clips.face[listening])) for frames in (video, clips.frames))
     return {"listening_opening_mean": quiet, "speaking_opening_mean": loud, "reader_closed_bias": bias, "listening_excess": (quiet - bias) / loud,
             **metrics.named("listening_movement", metrics.ratio(*moved, faces)), **metrics.interval("listening_eye_moves_per_s", eyes, faces), "listening_eye_moves_per_s_real": float(true_eyes.mean())}
@@ -103,7 +103,7 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
 def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.ndarray]:
     """All numbers of generated video uint8 (n, T, H, W, 3): (flat dict; what later stages compare it by; read mouths (n, T, 3)).
 
-    The second: lip_r and voice of each clip in which somebody speaks, ssim and face of each clip, frechet and frechet_left_out.
+    The second: lip_r and voice of each clip in which somebody speaks, ssim, movement and face of each clip, frechet and frechet_left_out.
     """
     clips = bench.clips
     read = bench.read(video)
@@ -121,12 +121,13 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
     out["eye_moves_per_s_real"] = float(metrics.eye_moves(true_eyes).mean())
-    out |= metrics.named("movement", metrics.ratio(metrics.motion(video), metrics.motion(clips.frames), faces))
+    moves = metrics.movement(video, clips.face)
+    out |= metrics.named("movement", metrics.ratio(moves, metrics.movement(clips.frames, clips.face), faces))
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     far = bench.distances(made, real)
     out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])
     out["n"] = len(video)
-    return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), "ssim": alike, "face": faces, **far}, read
+    return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), "ssim": alike, "movement": moves, "face": faces, **far}, read
 
 
 def still_scores(bench: Bench, chunk: int) -> dict:

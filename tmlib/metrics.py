@@ -85,10 +85,40 @@ def frame_difference(video: np.ndarray) -> np.ndarray:
     return np.stack([np.abs(np.diff(v.astype(np.int16), axis=0)).mean((1, 2, 3)) for v in video])
 
 
-def motion(video: np.ndarray, apart: int = 4) -> np.ndarray:
-    """Mean absolute change over `apart` frames, in grey levels: uint8 (n, T, H, W, 3) -> (n,). Four frames are a latent: what a codec draws anew in every latent, its flicker,
-    is the same in both, so a face that stands still has none. From frame to frame it has a third of a moving one's."""
-    return np.array([np.abs(np.subtract(v[1 + apart:], v[1:-apart], dtype=np.int16)).mean() for v in video])
+def displacement(video: np.ndarray, face: np.ndarray, apart: int = 16) -> np.ndarray:
+    """How far the head has moved between frames t and t + apart, t >= 1: (n, T - 1 - apart, 2), x and y, in 64ths of the picture's height.
+
+    video: uint8 (n, T, H, W, 3); face: boxes (n, T, 4) in pixels. The shift that explains the change best, by least squares over the upper part of the face's mean box (Lucas and Kanade 1981),
+    so lips do not count, nor a codec's flicker, noise and blotches: they have no direction. A change from frame to frame sees little else.
+    """
+    out = []
+    for clip, boxes in zip(video, face):
+        each = max(1, clip.shape[1] // 64)
+        x0, y0, x1, y1 = (boxes.mean(0) / each).round().astype(int)
+        grey = blurred(shrunk(clip.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]), each))[1:, max(y0, 2):y0 + round(0.6 * (y1 - y0)), max(x0, 2):x1 - 1]
+        a, b = grey[:-apart], grey[apart:]
+        slope = np.stack(np.gradient((a + b) / 2, axis=(2, 1)), -1).reshape(len(a), -1, 2)                  # (t, pixels, 2)
+        change = (b - a).reshape(len(a), -1)
+        out.append(np.linalg.solve(np.einsum("tpi,tpj->tij", slope, slope) + 1e-3 * np.eye(2), -np.einsum("tpi,tp->ti", slope, change)[..., None])[..., 0])
+    return np.stack(out)
+
+
+def shrunk(grey: np.ndarray, each: int) -> np.ndarray:
+    """Means of each x each pixels: (T, H, W) -> (T, H / each, W / each)."""
+    T, H, W = grey.shape
+    return grey[:, :H // each * each, :W // each * each].reshape(T, H // each, each, W // each, each).mean((2, 4))
+
+
+def blurred(grey: np.ndarray) -> np.ndarray:
+    """A blur of five pixels, (T, H, W), around at the edges: slopes of single pixels are no slopes."""
+    for axis in (1, 2, 1, 2):
+        grey = (np.roll(grey, 1, axis) + 2 * grey + np.roll(grey, -1, axis)) / 4
+    return grey
+
+
+def movement(video: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """How far the head moves in a second, on average, (n,); see `displacement`."""
+    return np.linalg.norm(displacement(video, face), axis=-1).mean(1)
 
 
 def eye_change(video: np.ndarray, eyes: np.ndarray, face: np.ndarray) -> np.ndarray:

@@ -66,9 +66,9 @@ def _write(path: Path, text: str) -> None:
 
 LIPS = {"name": "", "lip_r": "lip r", "lip_r_flat": "flat", "lip_r_line": "line", "lip_r_soft3d": "soft 3D", "lip_r_natural": "natural voice", "lip_r_shuffled": "shuffled",
         "lip_offset_frames": "offset, frames", "lip_width_r": "width r", "listening_opening_mean": "opening, listening", "stream_lip_r": "lip r in a stream"}
-PICTURES = {"name": "", "frechet": "Fréchet", "ssim": "SSIM", "psnr_db": "PSNR, dB", "movement": "motion", "listening_movement": "motion, listening", "eye_moves_per_s": "eyes' moves / s", "listening_eye_moves_per_s": "eyes' moves / s, listening", "eye_r": "eyes' r",
+PICTURES = {"name": "", "frechet": "Fréchet", "ssim": "SSIM", "psnr_db": "PSNR, dB", "movement": "movement", "listening_movement": "movement, listening", "eye_moves_per_s": "eyes' moves / s", "listening_eye_moves_per_s": "eyes' moves / s, listening", "eye_r": "eyes' r",
             "border_ratio": "border ratio", "seam_ratio": "seam ratio", "stream_identity": "identity, end of a stream"}
-ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio", "movement": "motion"}
+ABLATIONS = {"name": "", "than": "against", "quality_gain": "lip r gained", "ssim_gain": "SSIM gained", "frechet_ratio": "Fréchet, ratio", "movement_ratio": "movement, ratio", "movement": "movement"}
 MATRIX = {"chunk": "chunk", "steps": "steps", "placement": "placement", "fps": "frames/s", "first_frame_ms": "first frame, ms",
           "chunk_ms_p50": "chunk p50, ms", "chunk_ms_p95": "p95, ms", "hear_ms_p50": "hearing, ms", "dit_ms_p50": "DiT, ms", "latents_ms_p50": "latents sent, ms", "vae_ms_p50": "VAE, ms",
           "frames_ms_p50": "frames sent, ms", "gflop": "DiT, GFLOP", "dit_gflop_per_s": "GFLOP/s"}
@@ -82,9 +82,9 @@ WORDS = {                                             # below a table, for its c
     "lips": "Lip r with the 95 % interval, and of each style apart. Natural voice: lip r of clips that a neural voice speaks. Shuffled: lip r against other clips' speech, which should be 0. Offset: by how many frames the lips must be "
             "shifted to fit best. Width r: as lip r, of the mouth's width. Opening, listening: of the mouth, from 0 to 1, in clips in which nobody speaks. In a stream: of 45 seconds. "
             "Rows that end in \"valid\" are of validation clips, whose voices are easier, and of a teacher without the picture's help: compare them with one another.",
-    "pictures": "Fréchet: distance from real clips. PSNR, SSIM: likeness to the true clip, frame by frame. Motion: change of the picture over a quarter of a second, over real clips'. Eyes' moves: "
+    "pictures": "Fréchet: distance from real clips. PSNR, SSIM: likeness to the true clip, frame by frame. Movement: how far the head moves in a second, over real clips'. Eyes' moves: "
                 "blinks and quick glances. Both also of the clips in which somebody listens. Eyes' r: correlation of the eyes' change with the true clip's. Identity: distance of the face's features from the picture's in the last 15 of 45 seconds of stream. Rows as in the table of lips.",
-    "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. Motion: of the first, over real clips'. What `again` shows is chance, since it is `control` from the same solutions of the teacher with other batches and other noise in its second step.",
+    "ablations": "Gained by the first over the second, clip by clip; Fréchet, ratio: the first's distance over the second's, below 1 is better. Movement: how far the head moves in a second, of the first over the second's, and over real clips'. What `again` shows is chance, since it is `control` from the same solutions of the teacher with other batches and other noise in its second step.",
     "drift": "Three streams together, over up to ten chunks around this one: distance of the mean colour from the picture's, sharpness over the picture's, distance of the face's features from the picture's.",
     "close_look": "Shares of the closures for p, b and m that are there (opening below 0.05), that are there by chance, and that nearly are (below 0.15); correlations of three numbers of the mouth with the true ones; of the true eyes' quick moves the share that is met, and of the made ones the share that meets a true one; "
                   "mean difference of two takes of the same clip; Fréchet distance from real clips, and as yardsticks those of spoiled real clips.",
@@ -114,7 +114,7 @@ def models(metrics: dict[str, dict]) -> list[dict]:
     part = lambda file, who: {k.removeprefix(f"{who}_"): v for k, v in metrics.get(file, {}).items() if k.startswith(f"{who}_")}
     of_test = {"teacher": metrics.get("teacher"), "student": metrics.get("student"), "the teacher's weights in two steps": part("student", "undistilled"),
                "convolutional teacher": part("other_teacher", "teacher"), "its student": part("other_teacher", "student")}
-    of_valid = {"the ablations' teacher": metrics.get("plain"), "the same in ten steps, sparse-causal": part("plain", "causal"), "in two steps, seeing everything": part("plain", "two_steps"), STILL: part("plain", "still")} | {run.replace("_", " "): metrics[f"ablations/{run}"] for run in in_order(n.removeprefix("ablations/") for n in metrics if n.startswith("ablations/"))}
+    of_valid = {"the ablations' teacher": metrics.get("plain"), "the same, sparse-causal": part("plain", "causal"), "the same in two steps, seeing everything": part("plain", "two_steps"), STILL: part("plain", "still")} | {run.replace("_", " "): metrics[f"ablations/{run}"] for run in in_order(n.removeprefix("ablations/") for n in metrics if n.startswith("ablations/"))}
     return [row | {"name": name} for name, row in [*of_test.items(), *((f"{name}{VALID}", row) for name, row in of_valid.items())] if row and row.keys() & {"lip_r", "ssim"}]
 
 

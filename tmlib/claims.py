@@ -156,8 +156,9 @@ def versus(one: dict, other: dict) -> dict:
     if any(one.get(k) is None or one[k] != other.get(k) for k in ("voice", "face")):
         return {}
     one, other = ({k: np.array(v) for k, v in run.items()} for run in (one, other))
+    moves = named("movement_ratio", ratio(one["movement"], other["movement"], one["face"])) if "movement" in one else {}      # runs before it was measured have none
     return (interval("quality_gain", one["lip_r"] - other["lip_r"], one["voice"]) | interval("ssim_gain", one["ssim"] - other["ssim"], one["face"])
-            | named("movement_ratio", ratio(one["movement"], other["movement"], one["face"])) | jackknife("frechet_ratio", one["frechet"] / other["frechet"], one["frechet_left_out"] / other["frechet_left_out"]))
+            | moves | jackknife("frechet_ratio", one["frechet"] / other["frechet"], one["frechet_left_out"] / other["frechet_left_out"]))
 
 
 def by_chance(gained: dict, chance: dict) -> dict:

@@ -146,9 +146,9 @@ def shown(m: Models, picture: np.ndarray, style: str | None, modes: tuple[str, s
     import torch
 
     from . import data
-    text, listening = (m.conditions.prompt(style or None, mode, m.dit.config.text_dim)[None] for mode in modes)      # (1, tokens, text_dim)
+    told = {mode: m.conditions.prompt(style or None, mode, m.dit.config.text_dim)[None] for mode in modes}           # (1, tokens, text_dim)
     tokens = m.conditions.tokens(data.to_float(picture[None])[None, :, 0])                                           # (1, tokens, image_dim)
-    return dict(text=text, listening=listening, image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
+    return dict(text=told[modes[0]], listening=told[modes[1]], image_tokens=tokens, audio_mask=torch.tensor(m.how["face_region"]))
 
 
 def warm(streamer, image: np.ndarray, **conditions) -> None:

@@ -17,15 +17,17 @@ def root(tmp_path):
     for name, lip_r in (("control", [0.5, 0.7]), ("again", [0.6, 0.7])):
         config.save_json(tmp_path / ".scales" / "seed_1" / "reports" / "metrics" / "per_clip" / "ablations" / f"{name}.json",
                          {"lip_r": lip_r, "voice": ["a", "b"], "ssim": lip_r, "movement": lip_r, "face": [1, 2], "frechet": 2.0, "frechet_left_out": [2.0, 2.0]})
+    config.save_json(tmp_path / ".scales" / "seed_1" / "reports" / "metrics" / "teacher.json", {"lip_r": 0.8})
     return tmp_path
 
 
 def test_a_run_is_kept_whole_and_says_where_it_is_from(root):
     path = runs.keep("seed_1", root)
     kept = config.load_json(path)
-    assert path == root / "data" / "runs" / "seed_1.json" and set(kept) == {*runs.ORIGIN, "claims", "ablations"} and kept["commit"] == "c0ffee"
+    assert path == root / "data" / "runs" / "seed_1.json" and set(kept) == {*runs.ORIGIN, "claims", "ablations", "metrics"} and kept["commit"] == "c0ffee"
     assert runs.load(path.parent) == {"seed_1": kept} and kept["claims"] == config.load_json(root / ".scales" / "seed_1" / "reports" / "claims.json")
     assert [(row["name"], row["than"], row["quality_gain"], row["frechet_ratio"]) for row in kept["ablations"]] == [("again", "control", pytest.approx(0.05), 1.0)]
+    assert kept["metrics"]["teacher"] == {"lip_r": 0.8} and not any("per_clip" in name for name in kept["metrics"])
     assert runs.load(path.parent, but=["seed_1"]) == runs.load(root / "nowhere") == {}
 
 

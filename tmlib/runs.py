@@ -16,14 +16,16 @@ ORIGIN = ("commit", "date", "machine", "python")
 
 
 def keep(scale: str, root: Path) -> Path:
-    """The verdicts of root/.scales/<scale>, and how its ablations compare, as root/data/runs/<scale>.json, with where they are from; UserError before there are any."""
+    """The verdicts of root/.scales/<scale>, how its ablations compare, and all its metrics but those clip by clip, as root/data/runs/<scale>.json, with where they are from; UserError before there are any."""
     made = root / ".scales" / scale / "reports" / "claims.json"
     if not made.is_file():
         raise UserError(f"{made}: not there; run `make repro SCALE={scale}` first")
     date = datetime.fromtimestamp(made.stat().st_mtime, timezone.utc).date().isoformat()
     origin = dict(zip(ORIGIN, ((root / ".scales" / scale / ".commit").read_text(encoding="utf-8"), date, f"{platform.system()} {platform.machine()}", platform.python_version())))
     path = root / "data" / "runs" / f"{scale}.json"
-    config.save_json(path, {**origin, "claims": config.load_json(made), "ablations": compared(load_metrics(root / ".scales" / scale))})
+    metrics = load_metrics(root / ".scales" / scale)
+    known = {name: numbers for name, numbers in metrics.items() if not name.startswith("per_clip/")}
+    config.save_json(path, {**origin, "claims": config.load_json(made), "ablations": compared(metrics), "metrics": known})
     return path
 
 

@@ -22,13 +22,14 @@ def lips(r):
     return RUN | values | ends | dict(lip_r_shuffled=0.02, lip_offset_frames=0, lip_r_ceiling=0.92, lip_r_natural=0.78, psnr_db=22.4,
                                       listening_opening_mean=0.03, speaking_opening_mean=0.31, reader_closed_bias=0.01,
                                       border_ratio=1.3, seam_ratio=1.05, seam_ratio_real=1.01, frechet=3.2,
-                                      listening_movement=0.9, listening_eye_moves_per_s=0.3, listening_eye_moves_per_s_real=0.4)
+                                      listening_movement=0.9, listening_eye_moves_per_s=0.3)
 
 
 def good():
     """Metrics by which everything holds."""
     drift = {f"drift_{kind}_{n}": v for kind, v in (("color", 1.6), ("sharpness", 0.97), ("identity", 0.03)) for n in (1, 10, 100, 1000)}
     return {
+        "readers": dict(codec_listening_eye_moves_per_s=0.4),
         "teacher": lips(0.875),
         "student": lips(0.863) | dict(steps=2, teacher_ratio=0.985, teacher_ratio_lo=0.955, teacher_ratio_hi=1.01, teacher_frechet_ratio=1.1, frechet_ratio=0.88, frechet_ratio_lo=0.8, frechet_ratio_hi=0.95, ssim_gain=0.004, movement=0.8, teacher_movement_ratio=0.9),
         "streaming": RUN | drift | dict(chunks=1000, toggle_latency_frames=3, lip_r_trend=-0.005, drift_color_trend=0.1, drift_sharpness_trend=-0.01, drift_identity_trend=0.001),
@@ -210,7 +211,7 @@ def test_bars_made_of_other_numbers_follow_them():
     at = lambda **changes: claims.judge(measured(good(), **changes))
     assert at()["C3"]["parts"][1]["bar"] == pytest.approx(0.08 * 0.31 + 0.01)
     assert at(teacher__reader_closed_bias=0.0)["C3"]["holds"] is False
-    assert at(student__listening_eye_moves_per_s_real=0.7)["C3"]["holds"] is False          # it stares
+    assert at(readers__codec_listening_eye_moves_per_s=0.7)["C3"]["holds"] is False         # it stares
     assert at(student__frechet_ratio=1.02)["C4"]["holds"] is False                          # nothing gained by distilling
     assert at(streaming__drift_identity_1=0.003)["C5"]["holds"] is False
     missing = at(teacher__reader_closed_bias=None)["C3"]

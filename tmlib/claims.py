@@ -57,7 +57,7 @@ CLAIMS = {
         Bar("student", "listening_opening_mean", "<=", lambda m: quiet(m["student"]), f"student: {SHUT}"),
         *(Bar(who, "listening_movement", op, bar, f"{who}: {MOVES}, while listening; {why}")
           for who in ("teacher", "student") for op, bar, why in (("<=", 1.5, "half as much again is restless"), (">=", 0.5, "half is a face that hardly lives"))),
-        *(Bar(who, "listening_eye_moves_per_s", ">=", lambda m, who=who: 0.5 * m[who]["listening_eye_moves_per_s_real"], f"{who}: blinks and quick glances a second while listening; with fewer than half of real clips' a face stares")
+        *(Bar(who, "listening_eye_moves_per_s", ">=", lambda m: 0.5 * m["readers"]["codec_listening_eye_moves_per_s"], f"{who}: blinks and quick glances a second while listening; with fewer than half of those in the codec's copies of real clips a face stares")
           for who in ("teacher", "student")))),
     "C4": Claim("Distilled to two denoising steps, the student keeps the teacher's quality.", (
         Bar("student", "teacher_ratio", ">=", 0.95, "lip r over the teacher's; a twentieth may be lost"),

@@ -85,8 +85,8 @@ def lip_scores(read: np.ndarray, bench: Bench) -> tuple[dict, np.ndarray]:
     return out, r
 
 
-def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
-    """Mean opening, motion and eyes while listening, beside the speaking mean and the reader's own error on closed mouths."""
+def silence_scores(read: np.ndarray, bench: Bench, moved: tuple[np.ndarray, np.ndarray], eyes: tuple[np.ndarray, np.ndarray]) -> dict:
+    """Mean opening, movement (made, real: (n,)) and eyes (made, real: (n, T - 1)) while listening, beside the speaking mean and the reader's own error on closed mouths."""
     clips = bench.clips
     listening, speaking = clips.where(kind="listening"), clips.where(kind="speaking")
     if not len(listening):
@@ -94,10 +94,10 @@ def silence_scores(read: np.ndarray, bench: Bench, video: np.ndarray) -> dict:
     bias = float(bench.read(clips.frames[listening])[..., 0].mean())
     quiet, loud = float(read[listening, :, 0].mean()), float(read[speaking, :, 0].mean())
     faces = [clips.meta[i]["identity"] for i in listening]
-    moved = [metrics.movement(frames[listening], clips.face[listening]) for frames in (video, clips.frames)]
-    eyes, true_eyes = (metrics.eye_moves(metrics.eye_change(frames[listening], eye_box(clips.face[listening]), clips.face[listening])) for frames in (video, clips.frames))
+    quick, true_quick = (metrics.eye_moves(each[listening]) for each in eyes)
     return {"listening_opening_mean": quiet, "speaking_opening_mean": loud, "reader_closed_bias": bias, "listening_excess": (quiet - bias) / loud,
-            **metrics.named("listening_movement", metrics.ratio(*moved, faces)), **metrics.interval("listening_eye_moves_per_s", eyes, faces), "listening_eye_moves_per_s_real": float(true_eyes.mean())}
+            **metrics.named("listening_movement", metrics.ratio(*(each[listening] for each in moved), faces)),
+            **metrics.interval("listening_eye_moves_per_s", quick, faces), "listening_eye_moves_per_s_real": float(true_quick.mean())}
 
 
 def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.ndarray]:
@@ -108,12 +108,13 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     clips = bench.clips
     read = bench.read(video)
     out, r = lip_scores(read, bench)
-    out |= silence_scores(read, bench, video)
+    moves, true_moves = (metrics.movement(frames, clips.face) for frames in (video, clips.frames))
+    eyes, true_eyes = (metrics.eye_change(frames, eye_box(clips.face), clips.face) for frames in (video, clips.frames))
+    out |= silence_scores(read, bench, (moves, true_moves), (eyes, true_eyes))
     faces = [m["identity"] for m in clips.meta]
     alike = np.array([metrics.ssim(*both) for both in zip(video, clips.frames)])
     real, made = bench.features(clips.frames), bench.features(video)
     moved = metrics.cosine_distance(made, bench.pictures()[:, None]).mean(1)
-    eyes, true_eyes = (metrics.eye_change(frames, eye_box(clips.face), clips.face) for frames in (video, clips.frames))
     blinked = np.array([metrics.pearson(*both) for both in zip(eyes, true_eyes)])
     for name, values in (("border_ratio", metrics.border_ratio(video, chunk)), ("seam_ratio", metrics.seam_ratio(video, chunk)), ("ssim", alike),
                          ("identity_distance", moved), ("eye_moves_per_s", metrics.eye_moves(eyes)), ("eye_r", blinked)):
@@ -121,8 +122,7 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     out["border_ratio_real"] = float(metrics.border_ratio(clips.frames, chunk).mean())
     out["seam_ratio_real"] = float(metrics.seam_ratio(clips.frames, chunk).mean())
     out["eye_moves_per_s_real"] = float(metrics.eye_moves(true_eyes).mean())
-    moves = metrics.movement(video, clips.face)
-    out |= metrics.named("movement", metrics.ratio(moves, metrics.movement(clips.frames, clips.face), faces))
+    out |= metrics.named("movement", metrics.ratio(moves, true_moves, faces))
     out["psnr_db"] = float(metrics.psnr(video, clips.frames).mean())
     far = bench.distances(made, real)
     out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])

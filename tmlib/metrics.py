@@ -89,7 +89,7 @@ def displacement(video: np.ndarray, face: np.ndarray, apart: int = 16) -> np.nda
     """How far the head has moved between frames t and t + apart, t >= 1: (n, T - 1 - apart, 2), x and y, in 64ths of the picture's height.
 
     video: uint8 (n, T, H, W, 3); face: boxes (n, T, 4) in pixels. The shift that explains the change best, by least squares over the upper part of the face's mean box (Lucas and Kanade 1981),
-    so lips do not count, nor a codec's flicker, noise and blotches: they have no direction. A change from frame to frame sees little else.
+    so lips do not count, and a codec's flicker, noise and blotches hardly: they have no direction. A change from frame to frame sees little else.
     """
     out = []
     for clip, boxes in zip(video, face):

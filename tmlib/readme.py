@@ -1,28 +1,28 @@
-"""README's tables of claims and of ablations, from reports/:  python -m tmlib.readme
+"""README.md and docs/results.md, from their templates in docs/ and the numbers of reports/:  python -m tmlib.readme
 
-The words of a row stay as somebody wrote them; measured values, bar and verdict are filled in, and how many claims hold. A test compares the two.
+Sentences are somebody's, numbers a run's: `{{ student.lip_r|d(3) }}` is lip_r of reports/metrics/student.json, with three decimals. A test compares what is written with what was measured.
 """
-import re
 from collections import Counter
 from pathlib import Path
 
 from . import config, runs
-from .claims import SIGNS, verdict
+from .claims import CLAIMS, SIGNS, compared, load_metrics, verdict
 from .config import UserError, cli, load_json
 from .figures import shown
 from .report import measured
 
+WRITTEN = ("README.md", "docs/results.md")                                               # from docs/README.md.jinja and docs/results.md.jinja
 RUN = ("lip_r", "frechet", "ssim", "movement", "seam_ratio", "stream_identity")           # of an ablation
 
 
-def cells(row: dict) -> tuple[str, str, str]:
-    """A claim of claims.json -> measured, bar, verdict."""
+def claimed(row: dict) -> str:
+    """A claim of claims.json as cells of a table: measured, bar, verdict."""
     if row["value"] is None:
-        return "–", "", f"not measured: {row['reason']}"
+        return f"– |  | not measured: {row['reason']}"
     reason = f": {row['reason']}" if row["holds"] is None else ""
     value, *ends = measured(row)
     interval = " ({} to {})".format(*ends) if ends else ""
-    return f"{row['why'].partition(';')[0]}: {value}{interval}", f"{SIGNS[row['comparison']]} {shown(row['bar'])}", verdict(row) + reason
+    return f"{row['why'].partition(';')[0]}: {value}{interval} | {SIGNS[row['comparison']]} {shown(row['bar'])} | {verdict(row)}{reason}"
 
 
 def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
@@ -48,50 +48,79 @@ def tally(claims: dict[str, dict], others: dict[str, dict]) -> str:
     return line
 
 
-def numbers(run: dict) -> list[str]:
+def scored(run: dict) -> str:
     """An ablation's cells. Chunks of other sizes have other seams, at which real clips change by more or less, so the seam ratio is one over theirs."""
     value = lambda key: run[key] / run.get(f"{key}_real", 1) if key == "seam_ratio" else run[key]
-    return [shown(value(key)) if key in run else "–" for key in RUN]
+    return " | ".join(shown(value(key)) if key in run else "–" for key in RUN)
 
 
-def before(plain: dict) -> dict[str, dict]:
-    """What notebook 69 scored before anything was distilled, by its name in README's table."""
-    part = lambda who: {key.removeprefix(f"{who}_"): value for key, value in plain.items() if key.startswith(f"{who}_")}
-    return {"teacher": plain} | {who: part(who) for who in ("still", "causal", "two_steps")}
+def decimals(x: float, n: int) -> str:
+    """x with n decimals; nothing is -0."""
+    return f"{round(x, n) + 0.0:.{n}f}"
 
 
-def refilled(text: str, block: str, rows: dict[str, dict], cells) -> str:
-    """`text` with the cells behind the words of every row `| name | words | ...` between the marks of `block` made anew, of rows[name]; UserError for one that is not there."""
-    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
-    before, opened, rest = text.partition(begin)
-    table, closed, after = rest.partition(end)
-    if not (opened and closed):
-        raise UserError(f"README.md: the marks {begin} and {end} are missing; put them around the table of {block}")
-
-    def row(found: re.Match) -> str:
-        if found[1] not in rows:
-            raise UserError(f"README.md: the table of {block} has a row {found[1]}, reports/ has not; run `make repro`")
-        return f"| {found[1]} | {found[2]} | {' | '.join(cells(rows[found[1]]))} |"
-    return before + begin + re.sub(r"^\| (\w+) \| (.*?) \|.*$", row, table, flags=re.M) + end + after
+def interval(numbers: dict, key: str, n: int, times: float = 1) -> str:
+    """The interval of a number, as words."""
+    return " to ".join(decimals(times * numbers[f"{key}_{end}"], n) for end in ("lo", "hi"))
 
 
-def filled(text: str, claims: dict[str, dict], ablations: dict[str, dict], others: dict[str, dict] = {}) -> str:
-    """README's text with both tables and the tally made anew; claims: of claims.json; ablations: of metrics/ablations; others: of data/runs."""
-    text = re.sub(r"^Of the paper's \d+ claims .*$", tally(claims, others), text, flags=re.M)
-    return refilled(refilled(text, "claims", claims, cells), "ablations", ablations, numbers)
+def known(metrics: dict[str, dict], claims: dict[str, dict], comparisons: list[dict]) -> dict:
+    """What a template may say of a run: its metrics by file, `ablations` by name, with what notebook 69 scored before anything was distilled; `versus`, one ablation's numbers against another's;
+    `serial`, times on one device by chunk x steps; `claims`, their `verdicts`, which are `failing`, and their `bars` by number."""
+    found = {name: numbers for name, numbers in metrics.items() if "/" not in name}
+    part = lambda who: {key.removeprefix(f"{who}_"): value for key, value in metrics.get("plain", {}).items() if key.startswith(f"{who}_")}
+    found["ablations"] = {name.removeprefix("ablations/"): numbers for name, numbers in metrics.items() if name.startswith("ablations/")}
+    found["ablations"] |= {"teacher": metrics.get("plain", {})} | {who: part(who) for who in ("still", "causal", "two_steps")}
+    found["versus"] = {row["name"].replace(" ", "_"): {} for row in comparisons}
+    for row in comparisons:
+        found["versus"][row["name"].replace(" ", "_")][row["than"].replace(" ", "_")] = row
+    found["serial"] = {f"{row['chunk']}x{row['steps']}": row for row in metrics.get("latency_matrix", {}).get("rows", ()) if row["placement"] == "serial"}
+    found["claims"], found["verdicts"] = claims, {name: verdict(row) for name, row in claims.items()}
+    found["failing"] = ", ".join(name for name in CLAIMS if name in claims and claims[name]["holds"] is False)
+    found["bars"] = {part["metric"]: part | dict(zip(("value_lo", "value_hi"), part["ci95"] or ())) for row in claims.values() for part in row["parts"]}
+    return found
 
 
-def current(text: str) -> str:
-    """`filled` from this run's reports."""
-    ablations = {path.stem: load_json(path) for path in (config.METRICS / "ablations").glob("*.json")} | before(load_json(config.METRICS / "plain.json"))
-    return filled(text, load_json(config.REPORTS / "claims.json"), ablations, runs.load(config.DATA / "runs"))
+def rendered(template: str, metrics: dict[str, dict], claims: dict[str, dict], others: dict[str, dict] = {}) -> tuple[str, list[str]]:
+    """A template's text with this run's numbers and those of `others` (`runs.load`), by name; and the sentences that these numbers no longer bear out. UserError for a number that is not there.
+
+    `given(what, words)` in a template says what a sentence rests on.
+    """
+    from jinja2 import Environment, StrictUndefined, TemplateError
+
+    outdated = []
+    def given(true, words: str) -> str:
+        if not true:
+            outdated.append(words)
+        return ""
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    environment.filters |= {"d": decimals, "pct": lambda share: decimals(100 * share, 0), "claimed": claimed, "scored": scored}
+    runs_known = {name: known(run.get("metrics", {}), run["claims"], run["ablations"]) for name, run in others.items()}
+    try:
+        return environment.from_string(template).render(known(metrics, claims, compared(metrics)) | runs_known | {
+            "tally": tally(claims, others), "interval": interval, "given": given}), outdated
+    except (TemplateError, KeyError, TypeError) as error:
+        raise UserError(f"a number of the template is not in reports/ ({error}); run `make repro`, or mend the sentence") from None
+
+
+def current(name: str) -> tuple[str, list[str]]:
+    """`rendered`, of README.md or docs/results.md, from this tree's reports and data/runs."""
+    root = Path(config.ROOT)
+    template = (root / "docs" / f"{Path(name).name}.jinja").read_text(encoding="utf-8")
+    try:
+        return rendered(template, load_metrics(root), load_json(root / "reports" / "claims.json"), runs.load(root / "data" / "runs"))
+    except UserError as error:
+        raise UserError(f"docs/{Path(name).name}.jinja: {error}") from None
 
 
 def main() -> None:
-    path = Path(config.ROOT) / "README.md"
-    text = current(path.read_text(encoding="utf-8"))
-    with config.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    for name in WRITTEN:
+        text, outdated = current(name)
+        with config.atomic(Path(config.ROOT) / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        for words in outdated:
+            print(f"note: {name}: these numbers no longer bear out: {words}")
 
 
 if __name__ == "__main__":

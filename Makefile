@@ -17,7 +17,7 @@ endif
 # Running a notebook by hand leaves outputs and kernel metadata in it; with these keys too, its bytes are restored.
 STRIP := --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help env doctor test repro lab plan bench talk call study strip check-stripped clean-scratch
+.PHONY: help env doctor test repro ready lab plan bench talk call study strip check-stripped clean-scratch
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -40,8 +40,14 @@ doctor: $(READY)  ## check this machine: torch, torchaudio, espeak-ng, kernel, d
 test: $(READY)  ## run the tests; ARGS='-k stream' for some of them
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The lock then names models that no stage has trained: `make repro` trains them, as if this had never been run.
+ready: $(READY) check-stripped  ## in place of training: the included models, and clips and latents for them (minutes); then notebooks 50 and 60 to 69 run
+	@$(PY) -m tmlib.demo use
+	@test -e .git || grep -qs no_scm .dvc/config.local || printf '[core]\n    no_scm = true\n' >> .dvc/config.local
+	@$(PY) -m dvc repro data && $(PY) -m dvc repro --single-item latents
+
 # A scale other than mini runs in a mirror of this tree, .scales/<name>/, with data, lock and cache of its own.
-repro: $(READY) check-stripped  ## run what is out of date of the pipeline; SCALE=smoke (or gpu, wan14b) for another scale; ARGS=stage for one
+repro: $(READY) check-stripped  ## run what is out of date of the pipeline; SCALE=smoke (or seed_1, gpu, wan14b) for another scale; ARGS=stage for one
 ifeq ($(SCALE),mini)
 	@test -e .git || grep -qs no_scm .dvc/config.local || printf '[core]\n    no_scm = true\n' >> .dvc/config.local
 	@$(PY) -m dvc repro $(ARGS)

@@ -11,7 +11,7 @@ from tmlib.config import UserError
 def test_halving_keeps_all_but_the_last_bits(tmp_path):
     given = {"w": torch.randn(3, 4), "tiny": torch.full((2,), 1e-9), "bf16": torch.ones(2, dtype=torch.bfloat16), "count": torch.arange(3)}
     save_file(given, tmp_path / "a.safetensors", {"config": "{}"})
-    demo.halve(tmp_path / "a.safetensors", tmp_path / "new" / "a.safetensors")
+    demo.cast(tmp_path / "a.safetensors", tmp_path / "new" / "a.safetensors", torch.float16)
     made = load_file(tmp_path / "new" / "a.safetensors")
     assert {k: v.dtype for k, v in made.items()} == {"w": torch.float16, "tiny": torch.float16, "bf16": torch.bfloat16, "count": torch.int64}
     for name, value in made.items():
@@ -24,10 +24,23 @@ def test_halving_keeps_all_but_the_last_bits(tmp_path):
 def test_a_number_that_half_precision_has_not_is_told(tmp_path):
     save_file({"w": torch.tensor([1.0, 70_000.0])}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="a.safetensors: w holds numbers that half precision does not"):
-        demo.halve(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+        demo.cast(tmp_path / "a.safetensors", tmp_path / "b.safetensors", torch.float16)
     assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in demo.FILES if name.endswith(".safetensors")])
 def test_the_committed_models_are_finite(name):
     assert all(v.isfinite().all() for v in load_file(config.DATA / "demo" / name).values())
+
+
+def test_the_committed_models_in_place_of_trained_ones(tmp_path, monkeypatch):
+    from tmlib.talk import load_models
+
+    monkeypatch.setattr(demo, "MODELS", tmp_path / "models")
+    demo.use()
+    ours, theirs = (load_models(folder) for folder in (tmp_path / "models", config.DATA / "demo"))
+    assert all(w.dtype == torch.float32 for w in ours.dit.parameters())
+    for a, b in zip(ours.dit.parameters(), theirs.dit.parameters()):
+        torch.testing.assert_close(a, b.float(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="vae.safetensors is there already, of a run or of `make ready`; move data/models away first"):
+        demo.use()

@@ -31,7 +31,7 @@ IMPORTS = {
     "chain": "flow", "sound": "", "placement": "", "two_process": "placement",
     "stream": "chain vae attention placement sound", "sampling": "chain flow latents ranks",
     "train": "muon ranks", "pretrain": "chain flow latents losses ranks sampling",
-    "distill": "chain latents flow losses ranks sampling train", "evaluate": "data latents flow metrics ranks sampling",
+    "distill": "chain latents flow losses ranks sampling train", "evaluate": "data figures latents flow metrics ranks readers sampling wan_vae",
     "wan_vae": "hub vae", "wav2vec": "audio hub", "conditions": "hub data latents readers",
     "faces": "", "footage": "data faces media", "videos": "data faces footage",
     "latency": "chain dit fast flow attention figures metrics placement plan stand_in stream", "capacity": "",
@@ -284,6 +284,14 @@ def test_stages_depend_on_all_that_their_notebooks_use():
         if unused := {dep for dep in deps if re.fullmatch(r"tmlib/\w+\.py", dep)} - needed:
             problems.append(f"{name} would run again for {', '.join(sorted(unused))}")
     assert not problems, "\n".join(["dvc.yaml:", *problems])
+
+
+def test_the_report_depends_on_all_that_was_measured():
+    """Or a stage that finds other numbers would leave it as it was."""
+    deps = set(named(stages()["report"]["deps"]))
+    made = {out for name, stage in stages().items() if name != "report" for out in named(stage.get("outs")) + named(stage.get("metrics")) if re.match(r"reports/(metrics|figures|videos)/", out)}
+    absent = {out for out in made if not any(out == dep or out.startswith(f"{dep}/") for dep in deps)}
+    assert absent == {out for out in absent if re.match(r"reports/(metrics/per_clip/\w+\.json|figures/ablation_\w+\.png)", out)}, "these alone it does not read, or shows as they are"
 
 
 def test_every_notebook_of_the_pipeline_is_a_stage():

@@ -50,11 +50,16 @@ def test_what_people_read_is_cut_one_behind_the_other(plain):
 
 
 def test_babble_is_as_loud_as_asked_and_is_other_people(plain):
-    mixed = babble(plain, 10.0)
+    who = [c.voice for c in plain]
+    mixed = babble(plain, 10.0, who)
     for clip, wave in zip(plain, mixed):
         crowd = wave - clip.wave
         assert 10 * np.log10(np.mean(clip.wave ** 2) / np.mean(crowd ** 2)) == pytest.approx(10, abs=0.05)
         assert abs(np.corrcoef(crowd, clip.wave)[0, 1]) < 0.1
+    tones = [replace(plain[0], wave=np.sin(2 * np.pi * f * np.arange(16000) / 16000).astype(np.float32)) for f in (100, 200, 300, 400, 500, 600)]
+    heard = [np.flatnonzero(np.abs(np.fft.rfft(w - t.wave)) > 100) for w, t in zip(babble(tones, 10.0, list("aabbcd")), tones)]
+    assert [set(x) for x in heard] == [{400, 500, 600}] * 2 + [{200, 500, 600}] * 2 + [{200, 400, 600}, {200, 400, 500}]            # one of each, never oneself
+
 
 
 def test_split_stands_for_one_on_disk(plain):
@@ -67,12 +72,14 @@ def test_real_clips_that_speak_are_taken_as_they_are(plain, tmp_path):
     """Their sound is not silenced or said anew; their style is not one of ours."""
     kinds = ("listening", "speaking", "speaking", "listening", "speaking")
     real = (replace(c, voice="", phones=[]) for c in plain)
-    data.save_split(tmp_path, "test", 5, ((c, {"kind": kind, "style": None, "fps": 16}) for c, kind in zip(real, kinds)))
+    data.save_split(tmp_path, "test", 5, ((c, {"kind": kind, "style": None, "fps": 16, "identity": f"person {k}"}) for k, (c, kind) in enumerate(zip(real, kinds))))
     clips = data.Clips(tmp_path, "test")
-    split = Split(robustness.recorded(clips, 2))
+    some, who = robustness.recorded(clips, 2)
+    split = Split(some)
+    assert who == ["person 1", "person 2"]
     assert len(split) == 2 and {m["style"] for m in split.meta} == {None}
     for i, k in enumerate((1, 2)):
         assert np.array_equal(split.frames[i], plain[k].frames) and np.array_equal(split.wave(i), clips.wave(k))
         assert all(np.array_equal(getattr(split, name)[i], getattr(plain[k], name)) for name in ("truth", "mouth", "face"))
-    assert len(robustness.recorded(clips, 9)) == 3
+    assert len(robustness.recorded(clips, 9)[0]) == 3
     assert [m["style"] for m in Split(plain).meta] == ["flat", "line", "soft3d", "flat", "line"]

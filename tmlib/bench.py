@@ -34,7 +34,7 @@ PARTS = ("together", "eager", "alone")                    # of the measurements:
 WITHOUT = ((), ("persistent",), ("graphs",), ("attention",), ("compile", "persistent"), ("compile", "persistent", "graphs"))      # if all switches together fail: all but these, in turn
 SHORT_S = 30                                              # what an attempt of a new kind is thought to take
 OVER = "no time left in the budget"
-ALONE = "diffusers, or einops, is not installed: the DiT alone was timed"
+ALONE = "diffusers is not installed: the DiT alone was timed"
 
 
 class Setting(NamedTuple):
@@ -85,7 +85,7 @@ class Session:
         self.c, self.place = model.config, plan.tokens_of(model.config, args.size)
         self.vae = self.plain_vae = self.latents = self.pictures = None
         self.kernels = {}                                               # the fastest for attention, of bfloat16's and of fp8's forms
-        self.diffusers = all(find_spec(name) for name in ("diffusers", "einops"))
+        self.diffusers = find_spec("diffusers") is not None
         tokens, count, width = math.prod(self.place), plan.parameters(model), DTYPES[args.dtype].itemsize
         least = lambda s: s.steps * plan.step_bytes(self.c, count, s.chunk, tokens, width) / 1e9
         planned = lambda s, width: sum(plan.streaming_memory(model, s.chunk, tokens, s.steps, width).values()) / 1e9

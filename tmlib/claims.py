@@ -137,7 +137,7 @@ DERIVED = {"full_size": "data/measured", "ablated": "reports/metrics/ablations"}
 
 
 def load_metrics(root: Path) -> dict[str, dict]:
-    """{"teacher": {...}, "ablations/no_dmd": {...}, ...} of root/reports/metrics, "ablated" from them, "full_size" of root/data/measured if it has any."""
+    """{"teacher": {...}, "ablations/longer": {...}, ...} of root/reports/metrics, "ablated" from them, "full_size" of root/data/measured if it has any."""
     folder = root / "reports" / "metrics"
     if not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run `make repro`, which measures before it reports")

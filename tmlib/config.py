@@ -61,7 +61,7 @@ def read_params(root: Path | None = None) -> dict:
 def load(section: str, overrides: dict | None = None) -> SimpleNamespace:
     """Parameters of one stage, as attributes: `section` of params.yaml over `common`, then `overrides` over both.
 
-    section: "teacher", or dotted into a nested section: "ablations.no_dmd". Nested dicts stay dicts.
+    section: "teacher", or dotted into a nested section: "ablations.longer". Nested dicts stay dicts.
     Raises UserError for an unknown section, an unknown override (naming the known ones) or a value of another kind.
     """
     params = read_params()

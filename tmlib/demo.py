@@ -1,8 +1,11 @@
 """`python -m tmlib.demo`: copy the trained miniature into data/demo in half precision, with where it came from, and a face to try it on.
+`python -m tmlib.demo use`: the other way, in place of training; see `make ready`.
 
 The copy is committed, so that a newcomer sees it talk before training anything. Refresh it seldom.
 """
 import shutil
+import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -19,26 +22,31 @@ NUMBERS = {"codec": ["psnr_db"], "readers": ["codec_lip_r"], "speech": ["phone_a
            "student": ["lip_r", "lip_r_natural", "border_ratio", "teacher_ratio"], "dialogue": ["right_unseen"]}
 
 
-def halve(source, target) -> None:
-    """A safetensors file with its floats in float16; shapes, names and metadata stay. UserError for a number that is too large."""
+def cast(source, target, dtype: torch.dtype) -> None:
+    """A safetensors file with its floats of 16 or 32 bits as `dtype` (bfloat16 stays); shapes, names and metadata stay too. UserError for a number that is too large."""
     with safe_open(source, "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         metadata = f.metadata()
-    small = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
-    if lost := [k for k, v in tensors.items() if not v.isfinite().equal(small[k].isfinite())]:
+    made = {k: v.to(dtype) if v.dtype in (torch.float16, torch.float32) else v for k, v in tensors.items()}
+    if lost := [k for k, v in tensors.items() if not v.isfinite().equal(made[k].isfinite())]:
         raise UserError(f"{source}: {lost[0]} holds numbers that half precision does not; train it again with a lower learning rate")
     with atomic(target) as tmp:
-        save_file(small, tmp, metadata)
+        save_file(made, tmp, metadata)
 
 
-def main() -> None:
+def copy(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """All FILES of a folder of models into another."""
+    for name in FILES:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        cast(source / name, target / name, dtype) if name.endswith(".safetensors") else shutil.copyfile(source / name, target / name)
+
+
+def make() -> None:
+    """data/demo from data/models; UserError before all are trained."""
     missing = [name for name in FILES if not (MODELS / name).exists()]
     if missing:
         raise UserError(f"data/models/{missing[0]} is missing: run `make repro` first")
-    for name in FILES:
-        target = DATA / "demo" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        halve(MODELS / name, target) if name.endswith(".safetensors") else shutil.copyfile(MODELS / name, target)
+    copy(MODELS, DATA / "demo", torch.float16)
     test = Clips(DATA / "clips", "test")
     with atomic(DATA / "demo" / "face.png") as tmp:
         Image.fromarray(test.frames[test.examples()[0], 0]).save(tmp)
@@ -46,6 +54,19 @@ def main() -> None:
     save_json(DATA / "demo" / "provenance.json", {"commit": commit(ROOT), "precision": "float16", **numbers})
     size = sum(p.stat().st_size for p in (DATA / "demo").rglob("*") if p.is_file())
     print(f"data/demo: {size / 1e6:.1f} MB")
+
+
+def use() -> None:
+    """data/models from data/demo, in single precision, as if they had been trained here; UserError where a run has written some."""
+    if found := [name for name in FILES if (MODELS / name).exists()]:
+        raise UserError(f"data/models/{found[0]} is there already, of a run or of `make ready`; move data/models away first")
+    copy(DATA / "demo", MODELS, torch.float32)
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["use"]):
+        raise UserError("usage: python -m tmlib.demo [use]")
+    use() if sys.argv[1:] else make()
 
 
 if __name__ == "__main__":

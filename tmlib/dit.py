@@ -305,7 +305,7 @@ _MINI = {**_WAN, "text_dim": 32, "image_dim": 64, "audio_dim": 64, "audio_width"
 VARIANTS = {
     "smoke": dict(_MINI, num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=256),
     "mini": dict(_MINI, num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512),               # 1.7 M
-    "small": dict(_MINI, num_attention_heads=12, attention_head_dim=64, num_layers=12, ffn_dim=3072),           # 0.1 B
+    "small": dict(_MINI, num_attention_heads=12, attention_head_dim=64, num_layers=12, ffn_dim=3072),           # 0.14 B
     "wan-1.3b-i2v": dict(_WAN, num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960),    # 1.6 B
     "wan-i2v-14b": dict(_WAN, num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824),    # 16.4 B
     "talkingmachines-18b": dict(_WAN, audio_dim=768, num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824),

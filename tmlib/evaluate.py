@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import flow, metrics, ranks
+from . import config, flow, metrics, ranks
 from .config import Progress
 from .data import STYLES, Clips, eye_box, to_float, to_uint8
+from .figures import shown
 from .latents import Latents
+from .readers import load_readers
 from .sampling import at_speed, clip_noise, denoiser
+from .wan_vae import load_codec
 
 
 SHUFFLES = 16                                    # everybody's lips against so many other people's speech
@@ -57,6 +60,15 @@ class Bench:
         flat = lambda x, some: x[some].reshape(-1, x.shape[-1])
         distance = lambda some: metrics.frechet(flat(made, some), flat(real, some))
         return {"frechet": distance(np.arange(len(made))), "frechet_left_out": metrics.left_out(distance, [m["identity"] for m in self.clips.meta])}
+
+
+def load_bench(split: str, device: str = "cpu", n: int | None = None, condition: str | None = None, like: Bench | None = None) -> Bench:
+    """A split of data/, with the codec (on `device`) and the readers of data/models, or those of `like`. n: its first clips alone; condition: what latents tell of the picture, see `Latents.told`."""
+    clips, latents = Clips(config.DATA / "clips", split), Latents(config.DATA / "latents" / f"{split}.safetensors")
+    if n is not None:
+        clips, latents = clips.first(n), latents.first(n)
+    networks = (like.vae, like.lips, like.face) if like else (load_codec(config.MODELS, device), *load_readers(config.MODELS))
+    return Bench(clips, latents.told(condition) if condition else latents, *networks)
 
 
 def speakers(clips, rows) -> list:
@@ -128,6 +140,23 @@ def score(video: np.ndarray, bench: Bench, chunk: int) -> tuple[dict, dict, np.n
     out |= metrics.jackknife("frechet", far["frechet"], far["frechet_left_out"])
     out["n"] = len(video)
     return out, {"lip_r": r, "voice": speakers(clips, clips.where(kind="speaking")), "ssim": alike, "movement": moves, "face": faces, **far}, read
+
+
+def natural_scores(video: np.ndarray, bench: Bench) -> dict:
+    """Lip r of clips that the natural voice speaks, with its interval."""
+    found, _ = lip_scores(bench.read(video), bench)
+    return {f"lip_r_natural{end}": found[f"lip_r{end}"] for end in ("", "_lo", "_hi")}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """What `score` found of several models, to be printed: a line each, with the interval of lip r."""
+    columns = {"lip_r": "lip r", "ssim": "SSIM", "frechet": "Fréchet", "movement": "movement", "listening_movement": "listening", "eye_moves_per_s": "eyes / s", "eye_r": "eyes' r", "seam_ratio": "seams", "seam_ratio_real": "real"}
+    def cell(row: dict, key: str) -> str:
+        ends = [row.get(f"{key}_{end}") for end in ("lo", "hi")]
+        return shown(row.get(key)) + (f" ({shown(ends[0])} to {shown(ends[1])})" if key == "lip_r" and None not in ends else "")
+    grid = [["", *columns.values()], *([name, *(cell(row, key) for key in columns)] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*grid)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in grid)
 
 
 def still_scores(bench: Bench, chunk: int) -> dict:

@@ -232,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmlib.notebook", description="Run one notebook as a pipeline stage.")
     parser.add_argument("source", help="notebooks/40_teacher.ipynb")
     parser.add_argument("output", help="reports/nb/40_teacher.ipynb")
-    parser.add_argument("--section", help="section of params.yaml, where it is not the notebook's own: ablations.no_dmd")
+    parser.add_argument("--section", help="section of params.yaml, where it is not the notebook's own: ablations.longer")
     args = parser.parse_args()
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     run(args.source, args.output, **({"section": args.section} if args.section else {}))

@@ -59,16 +59,19 @@ def aloud(readers: list, n: int, frames: int, fps: int, size: int) -> list[Clip]
     return out
 
 
-def recorded(split: data.Clips, n: int) -> list[Clip]:
-    """The first n of a split of real videos in which somebody speaks."""
+def recorded(split: data.Clips, n: int) -> tuple[list[Clip], list[str]]:
+    """The first n of a split of real videos in which somebody speaks, and who that is."""
     some = split.where(kind="speaking")[:n]
-    return [Clip(split.frames[i], split.wave(i), split.truth[i], split.speaking[i], split.mouth[i], split.face[i], [], "") for i in some]
+    return [Clip(split.frames[i], split.wave(i), split.truth[i], split.speaking[i], split.mouth[i], split.face[i], [], "") for i in some], evaluate.speakers(split, some)
 
 
-def babble(some: list[Clip], snr_db: float) -> list[np.ndarray]:
-    """Each clip's sound with three other people talking behind it, `snr_db` below the speaker."""
+def babble(some: list[Clip], snr_db: float, who: list) -> list[np.ndarray]:
+    """Each clip's sound with other people talking behind it, three if there are as many, together `snr_db` below the speaker. who: the speaker of each, at least two."""
     rms = lambda w: np.sqrt(np.mean(w ** 2)) + 1e-9
-    crowds = [sum(some[(i + k) % len(some)].wave for k in (1, 2, 4)) for i in range(len(some))]
+    def crowd(i: int) -> np.ndarray:
+        others = {who[j]: some[j].wave for k in range(1, len(some)) if who[j := (i + k) % len(some)] != who[i]}
+        return sum(list(others.values())[:3])
+    crowds = [crowd(i) for i in range(len(some))]
     return [(c.wave + crowd * rms(c.wave) / rms(crowd) * 10 ** (-snr_db / 20)).astype(np.float32) for c, crowd in zip(some, crowds)]
 
 

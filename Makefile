@@ -41,7 +41,7 @@ test: $(READY)  ## run the tests; ARGS='-k stream' for some of them
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The lock then names models that no stage has trained: `make repro` trains them, as if this had never been run.
-ready: $(READY) check-stripped  ## in place of training: the included models, and clips and latents for them (minutes); then notebooks 50 and 60 to 69 run
+ready: $(READY) check-stripped  ## in place of training: the included models, and clips and latents for them (minutes); then notebooks 60 to 69 run
 	@$(PY) -m tmlib.demo use
 	@test -e .git || grep -qs no_scm .dvc/config.local || printf '[core]\n    no_scm = true\n' >> .dvc/config.local
 	@$(PY) -m dvc repro data && $(PY) -m dvc repro --single-item latents

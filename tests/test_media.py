@@ -307,6 +307,8 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path, monkeypatc
     monkeypatch.setattr(media, "TemporaryFile", denied)
     refused(write, tmp_path / "out.mp4", "Permission denied", "another folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
+    with pytest.raises(UserError, match="at scale 65 are larger than players show; a scale of 64 is the most"):
+        media.VideoWriter(tmp_path / "a.mp4", 16, 64, scale=65)
 
 
 def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path):

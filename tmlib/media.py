@@ -26,6 +26,7 @@ FULL_SCALE = 0.999                      # a sample at or above this touched the 
 LOUDEST = 8.0                           # float files may overshoot 1.0, but not by 18 dB: then they hold integers
 SIDES = (32, 50_000_000)                # a picture's least side and most pixels
 WATCHABLE = 384                         # pixels: small models' frames are enlarged to about this side
+LARGEST = 4096                          # pixels a side of a written video, at most: what players take
 # Whitelists, because ffmpeg also opens play-lists and scripts that name other files, and Pillow can start Ghostscript.
 CONTAINERS = "wav,w64,aiff,au,flac,ogg,mp3,aac,mov,mp4,m4a,matroska,webm,avi"
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -226,6 +227,8 @@ class VideoWriter:
         self.height, self.width = (size, size) if np.isscalar(size) else size
         if scale != int(scale) or scale < 1 or self.height * scale % 2 or self.width * scale % 2:
             raise UserError(f"{path}: frames of {self.width}x{self.height} at scale {scale}: both sides must become even")
+        if max(self.height, self.width) * scale > LARGEST:
+            raise UserError(f"{path}: frames of {self.width}x{self.height} at scale {scale} are larger than players show; a scale of {LARGEST // max(self.height, self.width)} is the most")
         self.frames = self.samples = 0
         self.video = self.audio = None
         check_output(self.path)

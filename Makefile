@@ -4,6 +4,9 @@ PYTHON ?= python3
 SCALE  ?= mini
 VENV   ?= .venv
 
+# As in tmlib/__init__.py, for those that load torch before tmlib.
+export GOMP_SPINCOUNT ?= 1000
+
 # In the conda environment of environment.yml everything is installed already: use it as it is.
 ifeq ($(CONDA_DEFAULT_ENV),talkingmachines)
 PY    := python
@@ -59,7 +62,7 @@ else
 endif
 
 lab: $(READY)  ## open the notebooks in JupyterLab, on this machine only
-	@$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)
+	@$(PY) -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 bench: $(READY)  ## measure the full-size model on this machine's GPU -> data/measured/; ARGS='--settings 3x2' and more, see --help
 	@$(PY) -m tmlib.bench $(ARGS)

@@ -277,7 +277,7 @@ def test_a_killed_call_leaves_a_valid_file(monkeypatch, tmp_path):
 
 def test_it_writes_beside_the_data_by_default(root):
     assert bench.main([*QUICK, "--repeats", "1", "--budget-minutes", "1e-9"]) == 0
-    (file,) = (config.DATA / "measured").iterdir()
+    (file,) = (config.SCRATCH / "measured").iterdir()
     assert file.suffix == ".json" and file.name == file.name.lower()
 
 

@@ -535,7 +535,7 @@ def test_the_demo_answers_and_remembers(tmp_path):
 
 def test_a_call_that_cannot_be_opened_says_why(tmp_path):
     from tmlib import config
-    with pytest.raises(UserError, match="voice 'nobody' is none of data/voices.yaml: ada, "):
+    with pytest.raises(UserError, match="voice 'nobody' is none of data/voices.yaml, such as ada, "):
         conversation.open_call(tmp_path / "face.png", config.DATA / "demo", voice="nobody")
     with pytest.raises(UserError, match="nothing.png"):
         conversation.open_call(tmp_path / "nothing.png", config.DATA / "demo")

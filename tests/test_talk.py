@@ -228,7 +228,7 @@ def test_untrained_networks_talk_through_the_real_streamer(files, monkeypatch, c
     from tmlib.vae import VAEConfig, VideoVAE, save_vae
     torch.manual_seed(0)
     encoder, face = SpeechEncoder().eval(), FaceEncoder(3).eval()
-    face.radius.fill_(0.0)                                      # no picture is of its world
+    face.world.fill_(float("inf"))                               # no picture is of its world
     folder = files / "models"
     save_encoder(encoder, folder)
     save_readers(LipReader(), face, folder)

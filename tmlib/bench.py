@@ -260,7 +260,7 @@ def arguments() -> argparse.ArgumentParser:
     add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
     add_argument("--budget-minutes", type=float, default=9.0, metavar="M", help="start nothing that would probably end later (default 9)")
     add_argument("--commit", metavar="HASH", help="of this code, where its copy has no history (default: git's)")
-    add_argument("--out", metavar="FILE", help="default data/measured/<device>.json; results are added to it")
+    add_argument("--out", metavar="FILE", help="default data/measured/<device>.json, without a GPU data/scratch/measured/...; results are added to it")
     return parser
 
 
@@ -270,7 +270,9 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(args.out or config.DATA / "measured" / (re.sub(r"\W+", "-", name_of(device)).strip("-").lower() + ".json"))
+    if device.type == "cpu":
+        print("no GPU here: what follows is a trial of the command, of little models", flush=True)
+    out = Path(args.out or (config.DATA if device.type == "cuda" else config.SCRATCH) / "measured" / (re.sub(r"\W+", "-", name_of(device)).strip("-").lower() + ".json"))
     before = config.load_json(out) if out.exists() else {}
     key = f"{args.variant} {args.size} {args.dtype}" + (f" {args.layers} layers" if args.layers else "")
     print(f"{name_of(device)}: {key}", flush=True)

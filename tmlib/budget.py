@@ -60,7 +60,8 @@ def report(scale: str, rate: float) -> None:
     params = read(scale)
     found = stages(params)
     seconds = {stage: whole * 1e12 / rate / gpus for stage, (*_, whole, _, gpus) in found.items()}
-    unit, length = ("days", 86400) if max(seconds.values()) > 86400 else ("min", 60)
+    longest = max(seconds.values())
+    unit, length = ("days", 86400) if longest > 86400 else ("min", 60) if longest > 60 else ("s", 1)
     table = {stage: [str(steps), step, whole / 1000, str(gpus), seconds[stage] / length, peak or "-"] for stage, (steps, step, whole, peak, gpus) in found.items()}
     plan.show(f"Training the DiT at the scale {scale}: {params['base']['variant']}, {params['data']['size']} pixels, clips of {att.WINDOW} latent frames",
               table, ["steps", "TFLOP a step", "PFLOP", "GPUs", f"{unit} at {rate / 1e12:.0f} TFLOP/s each (assumed)", "GB on each"])

@@ -247,7 +247,7 @@ def _compare(bar: Bar, metrics: dict[str, dict]) -> dict:
         row["bar"] = _number(bar.bar(measured) if callable(bar.bar) else bar.bar, row["metric"])
     except KeyError as missing:
         told = metrics.get(bar.file, {}).get(f"{bar.key}_reason")
-        return row | {"reason": told or f"reports/metrics has no {missing.args[0]} yet"}
+        return row | {"reason": told or ("the ablations that would tell were not run" if missing.args[0] == "ablated" else f"reports/metrics has no {missing.args[0]} yet")}
     most = measured[bar.file].get(f"{bar.most}_hi", measured[bar.file].get(bar.most))
     ends = [measured[bar.file].get(f"{bar.key}_{end}") for end in ("lo", "hi")]
     row |= {"value": value, "holds": passes(value, bar.op, row["bar"])}

@@ -307,7 +307,7 @@ def open_call(face, folder, seed: int = 0, prompt: str = "", partner: str | None
     voices = {v.name: v for some in speech.load_voices().values() for v in some}
     speaker = voices.get(voice) or speech.load_voices()["test"][0]
     if voice not in (None, *voices):
-        raise UserError(f"voice {voice!r} is none of data/voices.yaml: {', '.join(voices)}")
+        raise UserError(f"voice {voice!r} is none of data/voices.yaml, such as {', '.join(name for name in voices if not name.startswith('drawn'))}")
     m = talk.load_models(folder, "cuda" if torch.cuda.is_available() else "cpu", speed)
     beside = str(stream.another(m.dit.device))
     mind = audio_llm.load(partner, speaker, beside) if partner else dialogue.load_partner(folder, m.encoder, speaker, beside)

@@ -52,9 +52,7 @@ class FaceEncoder(nn.Module):
         super().__init__()
         self.trunk = trunk((*widths, dim))
         self.head = nn.Linear(dim, identities)
-        self.register_buffer("centre", torch.zeros(dim))                      # of pooled features on training frames
-        self.register_buffer("precision", torch.eye(dim))
-        self.register_buffer("radius", torch.tensor(float("inf")))            # Mahalanobis distance of the farthest seen
+        self.register_buffer("world", torch.tensor([-float("inf"), 0.0]))     # the least decibels and contrast of a picture of this world: `set_world`
 
     def maps(self, frames: Tensor) -> Tensor:
         return self.trunk(at_64(frames))                                      # (N, dim, 4, 4)
@@ -74,21 +72,20 @@ class FaceEncoder(nn.Module):
         return torch.cat([maps.mean((2, 3))[:, None], maps.flatten(2).mT], 1)
 
     @torch.no_grad()
-    def set_world(self, features: Tensor) -> None:
-        """Remembers where training pictures (n, dim) lie, for `in_world`."""
-        self.centre.copy_(features.mean(0))
-        cov = torch.cov(features.T) + 1e-3 * torch.eye(features.shape[1]) * features.var(0).mean()
-        self.precision.copy_(torch.linalg.inv(cov))
-        self.radius.copy_(1.2 * self.distance(features).max())
+    def set_world(self, pictures: Tensor, copies: Tensor) -> None:
+        """Remembers how well the codec copied training pictures (n, 3, H, W), and how much they hold, for `in_world`: a codec copies badly what it has not learnt."""
+        quality, contrast = zip(*(copied(*both) for both in zip(pictures, copies)))
+        self.world.copy_(torch.tensor([min(quality) - 1.5, min(contrast) / 2]))
 
-    def distance(self, features: Tensor) -> Tensor:
-        d = features - self.centre
-        return (d @ self.precision * d).sum(1).sqrt()
+    def in_world(self, picture: Tensor, copy: Tensor) -> bool:
+        """Whether a picture (3, H, W) in [-1, 1], given what the codec makes of it, looks like those of the miniature's world."""
+        quality, contrast = copied(picture, copy)
+        return quality >= float(self.world[0]) and contrast >= float(self.world[1])
 
-    @torch.no_grad()
-    def in_world(self, frame: Tensor) -> bool:
-        """Whether a picture (3, H, W) in [-1, 1] looks like those of the miniature's world."""
-        return bool(self.distance(self.features(frame[None]))[0] <= self.radius)
+
+def copied(picture: Tensor, copy: Tensor) -> tuple[float, float]:
+    """How like a copy is, in dB, and a picture's contrast, the deviation of its numbers."""
+    return float(10 * torch.log10(4 / (picture - copy).square().mean())), float(picture.std((1, 2)).mean())
 
 
 def at_64(frames: Tensor) -> Tensor:

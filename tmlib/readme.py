@@ -2,6 +2,7 @@
 
 Sentences are somebody's, numbers a run's: `{{ student.lip_r|d(3) }}` is lip_r of reports/metrics/student.json, with three decimals. A test compares what is written with what was measured.
 """
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -115,10 +116,16 @@ def current(name: str) -> tuple[str, list[str]]:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        raise UserError("usage: python -m tmlib.readme")
     for name in WRITTEN:
         text, outdated = current(name)
-        with config.atomic(Path(config.ROOT) / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        path = Path(config.ROOT) / name
+        same = path.exists() and path.read_text(encoding="utf-8") == text
+        if not same:
+            with config.atomic(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        print(f"{name}: {'as it was' if same else 'written'}")
         for words in outdated:
             print(f"note: {name}: these numbers no longer bear out: {words}")
 

@@ -196,7 +196,7 @@ def differences(rows: list[dict], headings: dict[str, str], path) -> None:
                 if ax.get_xlim()[0] <= row[key] <= ax.get_xlim()[1]:
                     dot(ax, y, row, key, f"C{n}")
                 else:
-                    ax.annotate(f"{shown(row[key])} →", (ax.get_xlim()[1], y), ha="right", va="center", color=f"C{n}", fontsize="small")
+                    ax.annotate(f"{shown(row[key])} →", (ax.get_xlim()[1], y + 0.25 * n - 0.15), ha="right", va="center", color=f"C{n}", fontsize="small")
             ax.set(title=f"{ABLATIONS[kind]}\n({better})\n{scale}")
         axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['name']}, against {row['than']}" for row in rows], ylim=(len(rows) - 0.4, -0.6))
         for n, run in enumerate(each):

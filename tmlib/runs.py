@@ -71,8 +71,10 @@ def repeated(rows: list[dict], others: dict[str, dict], headings: dict[str, str]
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise UserError("usage: python -m tmlib.runs SCALE")
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise UserError("usage: python -m tmlib.runs SCALE, after `make repro SCALE=...`")
+    if sys.argv[1] == "smoke":
+        raise UserError("smoke: its models are hardly trained, so there is nothing to set beside another run")
     print(keep(sys.argv[1], config.ROOT).relative_to(config.ROOT))
 
 

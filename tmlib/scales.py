@@ -116,7 +116,7 @@ def _write_if_changed(path: Path, content: bytes) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise config.UserError("usage: python -m tmlib.scales SCALE")
     print(mirror(sys.argv[1]))
 

@@ -48,20 +48,25 @@ def timed(stream) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(old, new, turns: int, ahead: int) -> np.ndarray:
+def in_turns(old, new, turns: int, ahead: int, progress=None) -> np.ndarray:
     """Seconds of a chunk of each stream in every turn, (turns, 2). ahead: chunks to take before, off the clock."""
     def late(stream):
         for _ in range(ahead):
             next(stream)
         return timed(stream)
-    return np.array([[late(old), late(new)] for _ in range(turns)])
+    seconds = []
+    for _ in range(turns):
+        seconds.append([late(old), late(new)])
+        if progress is not None:
+            progress.step()
+    return np.array(seconds)
 
 
-def soak(make, picture: np.ndarray, chunks: int, turns: int = TURNS, progress=None) -> dict[str, float]:
-    """Numbers of a stream of `chunks` chunks, then in turns with a new one. make: () -> Streamer; chunks: at least WARMUP + 2 EACH."""
+def soak(make, picture: np.ndarray, chunks: int, turns: int = TURNS, told=lambda steps, what: None) -> dict[str, float]:
+    """Numbers of a stream of `chunks` chunks, then in turns with a new one. make: () -> Streamer; chunks: at least WARMUP + 2 EACH; told: as `Progress`."""
     with make() as streamer, closing(endless(streamer, picture)) as old:
         pids = ["self", *([streamer.worker.process.pid] if streamer.worker else [])]
-        seconds, memory = np.zeros(chunks), {}
+        seconds, memory, progress = np.zeros(chunks), {}, told(chunks, "soak")
         for i in range(chunks):
             seconds[i] = timed(old)
             if i in (WARMUP + EACH - 1, chunks - 1):
@@ -71,7 +76,7 @@ def soak(make, picture: np.ndarray, chunks: int, turns: int = TURNS, progress=No
         with make() as second, closing(endless(second, picture)) as new:
             for _ in range(WARMUP):
                 next(new)
-            pairs = in_turns(old, new, turns, 0 if streamer.placement == "serial" else AHEAD)
+            pairs = in_turns(old, new, turns, 0 if streamer.placement == "serial" else AHEAD, told(turns, "in turns with a new stream"))
     before, after = memory.values()
     ms = lambda s: 1e3 * float(np.median(s))
     first, last = ms(seconds[WARMUP:WARMUP + EACH]), ms(seconds[-EACH:])
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     size = models.how["size"]
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     make = lambda: talk.make_streamer(models, placement=args.placement)
-    found = soak(make, picture, args.chunks, progress=Progress(args.chunks, "soak"))
+    found = soak(make, picture, args.chunks, told=Progress)
     out = Path(args.out or config.SCRATCH / "soak.json")
     config.save_json(out, {**found, "torch": torch.__version__, "threads": 1, "platform": sys.platform})
     print(f"{out}: in turns with a new stream, an old chunk takes {found['old_over_new']:.3f} ({found['old_over_new_lo']:.3f} to "

@@ -170,7 +170,11 @@ def _load(folder: Path, seed: int, steps: int | None, cache: str | None, prompt:
     m = load_models(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), speed)
     streamer = make_streamer(m, steps, cache, seed, placement)
     frames = lambda image, waves: streamer.stream(image, waves, **shown(m, image, prompt, ("speaking", "speaking")))      # who reads aloud pauses, but does not listen
-    return Talker(frames, lambda image: m.face.in_world(data.to_float(image[None])[:, 0]), m.how["size"], streamer.chunk)
+    def in_world(image: np.ndarray) -> bool:
+        picture = data.to_float(image[None])[None]                                                                     # (1, 3, 1, H, W)
+        return m.face.in_world(picture[0, :, 0], m.vae.decode(m.vae.encode(picture))[0][0, :, 0])
+
+    return Talker(frames, in_world, m.how["size"], streamer.chunk)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -182,7 +186,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--models", metavar="FOLDER", help="trained models (default: data/models after `make repro`, else data/demo)")
     add("--seed", type=whole(0, 2**63), default=0, metavar="N", help="another seed gives another sway of the head (default 0)")
     add("--style-prompt", default="", metavar="WORDS", help="the picture's style: flat, line or soft3d (default: unsaid)")
-    add("--steps", type=whole(1), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
+    add("--steps", type=whole(1, 101), metavar="N", help="denoising steps per chunk (default: as distilled, 2)")
     add("--cache", choices=("per_step", "next_step", "clean_pass"), help="where the past comes from (default: as distilled)")
     add("--placement", choices=PLACEMENTS, default="serial",
         help="where picture and decoder run, see tmlib/placement.py; the frames are the same (default serial)")
@@ -206,6 +210,8 @@ def main(argv: list[str] | None = None, load: Callable[..., Talker] = _load) -> 
     args = arguments().parse_args(argv)
     folder = _check(args)
     wave = media.read_audio(args.speech, *SECONDS)
+    if np.square(wave).mean() < 1e-6:
+        print(f"warning: {args.speech}: nearly silent, so the face will hardly speak; was the microphone on?", file=sys.stderr)
     media.read_image(args.face, 64)             # a bad picture should not wait for the models
     print(f"models: {folder}", flush=True)
     talker = load(folder, seed=args.seed, steps=args.steps, cache=args.cache, prompt=args.style_prompt, placement=args.placement, device=args.device,

@@ -51,7 +51,7 @@ class Decoder:
         except (TypeError, AttributeError, OSError) as error:
             raise UserError(f"two_process: the VAE cannot be sent to another process ({error}); define its class in a module") from error
         theirs.close()
-        self.close = weakref.finalize(self, end, self.process, self.pipe)
+        self.close = weakref.finalize(self, end, self.process, self.pipe, self.folder)
 
     @property
     def alive(self) -> bool:
@@ -160,12 +160,13 @@ class Decoder:
         return UserError(f"the decoder's process {how}{script}; all frames delivered before are valid, and `resume` goes on from there")
 
 
-def end(process, pipe):
+def end(process, pipe, folder):
     pipe.close()                                             # the worker's sign to leave
     process.join(0.5)
     if process.is_alive():
         process.kill()
         process.join(0.5)
+    folder.cleanup()
 
 
 def uses_nccl(*devices) -> bool:

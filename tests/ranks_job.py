@@ -34,7 +34,7 @@ encoded(args.out / "split.safetensors")
 
 # Stage 1: one player, in parts; a new audio path is initialised alike on all
 dit = WanDiT.from_pretrained(args.folder / "bare", audio_dim=6, audio_width=16, audio_hidden=24)
-p = SimpleNamespace(batch=4, at_once=1, repeats=2, shift=3.0, drop_audio=0.3, drop_text=0.1)
+p = SimpleNamespace(batch=4, at_once=1, repeats=2, shift=3.0, drop_audio=0.3, drop_text=0.1, sway_weight=20)
 before = evaluate.flow_loss(dit, latents.first(2), True)                   # as notebook 30: what an optimiser is then made of must still be pieces
 losses = flow_matching_loss(dit, latents, p)
 if args.die is not None:

@@ -16,7 +16,7 @@ from tmlib.muon import Muon
 from tmlib.pretrain import flow_matching_loss
 from tmlib.vae import VAEConfig, VideoVAE
 
-PLAYERS = SimpleNamespace(batch=2, at_once=None, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1)
+PLAYERS = SimpleNamespace(batch=2, at_once=None, repeats=2, shift=3.0, drop_audio=0.1, drop_text=0.1, sway_weight=20)
 
 
 def elsewhere():

@@ -136,7 +136,7 @@ def test_a_file_larger_than_memory_opens(tmp_path):
     assert len(split) == n and split.store["z"][-3:].tolist() == [0, 0, 0]
 
 
-P = SimpleNamespace(seed=0, condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5)
+P = SimpleNamespace(seed=0, condition="repeat", text_dim=10, mouth_weight=4.0, eye_weight=2.0, picture_weight=0.5, sway=False)
 
 
 class FakeClips:
@@ -196,8 +196,26 @@ def test_encode_split_by_hand(tmp_path):
     assert split.store["text"].shape == (3, 3, 10)                       # each prompt once
     few = split.first(2)
     assert len(few) == 2 and torch.equal(few.batch([1, 0]).text, b.text[[1, 0]]) and len(split) == n
-    Batch(*[None] * 7)                                                   # the order of fields that `Latents.batch` relies on
-    assert [f.name for f in dataclasses.fields(Batch)] == ["z", "cond", "audio", "face", "weight", "text", "image"]
+    Batch(*[None] * 8)                                                   # the order of fields that `Latents.batch` relies on
+    assert [f.name for f in dataclasses.fields(Batch)] == ["z", "cond", "audio", "face", "weight", "text", "image", "sway"] and b.sway is None
+
+
+def test_the_directions_of_sway():
+    """Orthonormal; a face moved a little to any side lies between them, what does not move in neither."""
+    y, x = np.mgrid[:32, :32]
+    def drawn(dx, dy):
+        face = np.exp(-((x - 16 - dx) ** 2 + (y - 15 - dy) ** 2) / 20)
+        wall = np.stack([x, y, x + y], -1) / 64
+        return to_float((255 * (0.5 * wall + 0.5 * face[..., None])).round().astype(np.uint8)[None, None])[:, :, 0]
+    vae = SimpleNamespace(encode=pooled)
+    made = latents.sway(vae, drawn(0, 0), (6, 5, 26, 25))
+    assert made.shape == (1, 2, 16, 4, 4)
+    flat = made[0].flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(2), atol=1e-5, rtol=1e-5)
+    still = lambda picture: pooled(picture[:, :, None].expand(-1, -1, 9, -1, -1))[:, :, 2].flatten()
+    for dx, dy in ((0.5, 0), (0, 0.5), (-0.3, 0.4)):
+        change = still(drawn(dx, dy)) - still(drawn(0, 0))
+        assert (flat @ change).norm() > 0.9 * change.norm()
 
 
 def test_clips_may_be_heard_otherwise(tmp_path):

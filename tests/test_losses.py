@@ -52,6 +52,21 @@ def test_flow_matching(t):
     assert losses.flow_matching(lambda x, at: B - A, A, B, t, WEIGHT) == 0
 
 
+def test_errors_along_the_sway_count_more_behind_the_first_frame():
+    q = torch.linalg.qr(torch.randn(len(A), A[0, :, 0].numel(), 2, generator=torch.Generator().manual_seed(3)))[0].mT.reshape(len(A), 2, *A[0, :, 0].shape)
+    t, at = torch.full((len(A),), 500.0), A.shape[2] - 1
+    def loss(error, weight):
+        return losses.flow_matching(lambda x, t: B - A + error, A, B, t, 1.0, q, weight, 4.0)
+    error = torch.zeros_like(A)
+    error[:, :, at] = 0.3 * q[:, 0] - 0.4 * q[:, 1]
+    torch.testing.assert_close(loss(error, 20.0), loss(error, 0.0) + 20 * 4 * 0.25 * len(A) / torch.tensor(float(A.numel())), atol=1e-5, rtol=1e-5)
+    aside = torch.randn(A[:, :, 0].shape, generator=torch.Generator().manual_seed(4))
+    aside = aside - torch.einsum("bchw,bdchw,bdkij->bkij", aside, q, q)
+    error = torch.zeros_like(A)
+    error[:, :, at], error[:, :, 0] = aside, q[:, 0]                      # across the sway, and in the picture's own frame
+    torch.testing.assert_close(loss(error, 20.0), loss(error, 0.0), atol=1e-5, rtol=1e-5)
+
+
 def test_border_looks_at_steps_between_chunks_only():
     step = lambda z, f: z[:, :, f] - z[:, :, f - 1]
     by_hand = sum(((step(A, f) - step(B, f)) ** 2).mean() for f in (2, 4)) / 2

@@ -7,12 +7,13 @@ import torch
 
 from tiny import make_dit, make_latents
 from tmlib import flow, train
+from tmlib.config import UserError
 from tmlib.pretrain import flow_matching_loss
 from tmlib.train import Optim, Player, generator
 
 
 def flow_params(**changes):
-    return SimpleNamespace(**{**dict(batch=3, at_once=None, repeats=4, shift=3.0, drop_audio=0.0, drop_text=0.0), **changes})
+    return SimpleNamespace(**{**dict(batch=3, at_once=None, repeats=4, shift=3.0, drop_audio=0.0, drop_text=0.0, sway_weight=20), **changes})
 
 
 def test_noise_levels_are_stratified(tmp_path):
@@ -83,3 +84,11 @@ def test_a_model_that_has_not_met_sound_learns_nothing_about_it(tmp_path):
     assert not sounding() and dit.blocks[0].attn1.to_q.weight.grad.any()
     flow_matching_loss(dit, latents, flow_params())[0](generator(0), 0)["loss"].backward()
     assert sounding()
+
+
+def test_sway_that_the_latents_do_not_tell(tmp_path):
+    latents = make_latents(tmp_path)
+    del latents.store["sway"]
+    with pytest.raises(UserError, match="params.yaml needs latents.sway: true, or sway_weight: 0"):
+        flow_matching_loss(None, latents, flow_params())
+    flow_matching_loss(None, latents, flow_params(sway_weight=0))

@@ -348,7 +348,7 @@ def test_too_small_a_card_is_told_at_once(monkeypatch, capsys):
 
 def test_the_real_model_resumes(tmp_path):
     latents, optim = make_latents(tmp_path), Optim(1e-3, muon=1e-3, warmup=1, ema=0.9)
-    p = SimpleNamespace(batch=3, at_once=None, repeats=4, shift=3.0, drop_audio=0.3, drop_text=0.0)
+    p = SimpleNamespace(batch=3, at_once=None, repeats=4, shift=3.0, drop_audio=0.3, drop_text=0.0, sway_weight=20)
 
     def player(seed):
         dit = make_dit(seed)

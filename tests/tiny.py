@@ -32,6 +32,7 @@ def make_latents(folder, n=4, frames=6, side=4, seed=0):
     store = {"z": randn(n, 16, frames, side, side), "cond": randn(n, 20, frames, side, side), "audio": randn(n, frames, 4, 6),
              "image": randn(n, 3, 12), "text": randn(n, 3, 10), "prompt": torch.arange(n), "face": torch.rand(n, frames, side // 2, side // 2, generator=g),
              "weight": 1 + 3 * torch.rand(n, 1, frames, side, side, generator=g)}
+    store["sway"] = torch.linalg.qr(randn(n, 16 * side * side, 2))[0].mT.reshape(n, 2, 16, side, side)
     save_file(store, folder / "latents.safetensors")
     return Latents(folder / "latents.safetensors")
 

@@ -42,6 +42,7 @@ class Batch:
     weight: Tensor                               # (B, 16, F, h, w); (B, 1, F, h, w) where all channels count alike
     text: Tensor                                 # (B, 3, text_dim)
     image: Tensor                                # (B, 17, image_dim)
+    sway: Tensor | None = None                   # (B, 2, 16, h, w): how a latent frame changes as the head moves, see `sway`
 
     def __len__(self) -> int:
         return len(self.z)
@@ -83,7 +84,7 @@ def encode_split(clips: Clips, vae, encoder, conditions, p, path: Path, hear=Non
     """Everything a `Batch` is cut from, for a whole split, once, as the safetensors file `path`; if that is there, nothing is done.
 
     vae, encoder, conditions: the miniature's or the full-size ones (`wan_vae.load_codec`, `wav2vec.load_speech`,
-    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight; with
+    `conditions.load_conditions`). p: condition (see `vae.i2v_condition`), text_dim, mouth_weight, eye_weight, picture_weight, sway (whether a loss will ask for `Batch.sway`); with
     `hear` also seed. hear, for training in noise: (waves (n, samples), which clips they are of, generator) -> what is heard of them; None: all as it is.
     A batch is on disk before the next is made, so memory holds one. Killed, it goes on from the files that it left beside
     `path`, to the same bytes. Of several processes (`ranks`) each makes its share of the batches.
@@ -132,7 +133,26 @@ def encode(clips: Clips, index: range, vae, encoder, conditions, p, hear=None) -
             "image": conditions.tokens(video[:, :, 0]),
             "audio": torch.stack([encoder.tokens(wave, 0, n_latent).cpu() for wave in waves]),
             "face": touched(clips.face, z.shape[-1] // 2),
-            "weight": each / each.mean() * torch.maximum(mouth, eyes).clamp(min=1)[:, None]}
+            "weight": each / each.mean() * torch.maximum(mouth, eyes).clamp(min=1)[:, None],
+            **({"sway": torch.cat([sway(vae, x, box) for x, box in zip(video[:, None, :, 0], clips.face[some, 0])])} if p.sway else {})}
+
+
+def sway(vae, picture: Tensor, face) -> Tensor:
+    """Two orthonormal directions in which a latent frame of `picture` (1, 3, H, W) changes when the head moves, its box being `face`, sideways and up or down: (1, 2, 16, h, w).
+
+    The picture is drawn twice for each, the face moved by half a 64th of its height to either side, softly blended into what stands behind, and the latents' difference taken.
+    """
+    size = picture.shape[-1]
+    x0, y0, x1, y1 = (float(v) for v in face)
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    radius = ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2
+    head = torch.sigmoid(8 * (1 - radius / 1.3))                                               # (H, W): 1 on the face, 0 away from it
+    def latent(dx: float, dy: float) -> Tensor:
+        at = torch.stack([x - dx * size / 64, y - dy * size / 64], -1)[None] * 2 / size - 1
+        moved = head * F.grid_sample(picture, at, mode="bicubic", padding_mode="border", align_corners=False) + (1 - head) * picture
+        return vae.encode(moved[:, :, None].expand(-1, -1, 9, -1, -1))[:, :, 2].cpu()          # a still clip's third latent frame: (1, 16, h, w)
+    moves = torch.stack([latent(0.5, 0) - latent(-0.5, 0), latent(0, 0.5) - latent(0, -0.5)], 1)
+    return torch.linalg.qr(moves.flatten(2).mT)[0].mT.reshape(moves.shape)
 
 
 def prompts(meta: list[dict], conditions, dim: int) -> dict[str, Tensor]:
@@ -215,7 +235,7 @@ class Latents:
 
     def batch(self, index) -> Batch:
         s = {k: v[index] for k, v in self.store.items() if k != "text"}
-        return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], self.store["text"][s["prompt"]], s["image"])
+        return Batch(s["z"], s["cond"], s["audio"], s["face"], s["weight"], self.store["text"][s["prompt"]], s["image"], s.get("sway"))
 
     def first(self, n: int) -> "Latents":
         return self.rows(slice(n))

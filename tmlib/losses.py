@@ -19,10 +19,17 @@ def weighted_mse(a: Tensor, b: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     return ((a - b).square() * weight).mean() / weight.mean()
 
 
-def flow_matching(denoise: Denoise, x_0: Tensor, eps: Tensor, t: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Conditional flow matching (Lipman et al. 2023, eq. 14 with the straight path); t (B,) or (B, F) in [0, 1000]."""
-    v = denoise(flow.add_noise(x_0, eps, t), t)
-    return weighted_mse(v, flow.velocity(x_0, eps), weight)
+def flow_matching(denoise: Denoise, x_0: Tensor, eps: Tensor, t: Tensor, weight: Tensor | float = 1.0, sway: Tensor | None = None, sway_weight: float = 0.0, level: Tensor | float = 1.0) -> Tensor:
+    """Conditional flow matching (Lipman et al. 2023, eq. 14 with the straight path); t (B,) or (B, F) in [0, 1000]. level: a weight of noise levels that comes on top of `weight`.
+
+    sway (B, 2, 16, h, w), orthonormal: errors along these directions count sway_weight times once more. A head's sway is small at every place, and a network that leaves it out is hardly wrong anywhere.
+    """
+    v, true = denoise(flow.add_noise(x_0, eps, t), t), flow.velocity(x_0, eps)
+    loss = weighted_mse(v, true, weight * level)
+    if not sway_weight:
+        return loss
+    along = torch.einsum("bcfhw,bdchw->bdf", (v - true) * torch.as_tensor(level).sqrt(), sway.to(v))[..., 1:]     # the picture's own frame does not move
+    return loss + sway_weight * along.square().sum() / v.numel()
 
 
 def border(x: Tensor, target: Tensor, chunk: int, weight: Tensor | float = 1.0) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import chain, flow, losses, ranks
+from .config import UserError
 from .latents import Latents
 from .sampling import denoiser
 
@@ -13,8 +14,11 @@ from .sampling import denoiser
 def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[torch.Generator, int], dict[str, Tensor]]]:
     """The loss of stages 0-2, in parts: every clip of a batch at `p.repeats` stratified noise levels, conditions dropped for guidance.
 
-    p: batch, at_once (see `ranks.parts`), repeats, shift, drop_audio (1: the model never hears sound), drop_text.
+    p: batch, at_once (see `ranks.parts`), repeats, shift, drop_audio (1: the model never hears sound), drop_text, sway_weight (see `losses.flow_matching`).
     """
+    if p.sway_weight and "sway" not in latents.store:
+        raise UserError("sway_weight is above 0, but the latents do not tell how heads sway: params.yaml needs latents.sway: true, or sway_weight: 0")
+
     def loss(part: slice, g: torch.Generator, step: int) -> dict[str, Tensor]:
         silent = p.drop_audio >= 1
         index = latents.draw(p.batch, g)                                                         # the whole batch: equal on all ranks
@@ -27,5 +31,5 @@ def flow_matching_loss(dit: nn.Module, latents: Latents, p) -> list[Callable[[to
         batch = latents.batch(index[part])
         batch = (batch.silent() if silent else batch.keep(audio=heard[part])).keep(text=told[part]).repeat(p.repeats).to(dit.device)
         t, eps = (x.unflatten(0, (p.batch, p.repeats))[part].flatten(0, 1).to(dit.device) for x in (1000 * flow.shift_sigma(u, p.shift), eps))
-        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight * chain.bare(dit).loss_weight(batch.z, t))}
+        return {"loss": losses.flow_matching(denoiser(dit, batch), batch.z, eps, t, batch.weight, batch.sway, p.sway_weight, chain.bare(dit).loss_weight(batch.z, t))}
     return [partial(loss, part) for part in ranks.parts(p.batch, p.at_once)]

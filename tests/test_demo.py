@@ -44,3 +44,18 @@ def test_the_committed_models_in_place_of_trained_ones(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b.float(), rtol=0, atol=0)
     with pytest.raises(UserError, match="vae.safetensors is there already, of a run or of `make ready`; move data/models away first"):
         demo.use()
+
+
+def test_the_committed_models_know_their_world():
+    """The face beside them is of it; noise, nothing at all and a chart are not."""
+    import numpy as np
+
+    from tmlib import data, media
+    from tmlib.talk import load_models
+    m = load_models(config.DATA / "demo")
+    def known(image):
+        picture = data.to_float(image[None])[None]
+        return m.face.in_world(picture[0, :, 0], m.vae.decode(m.vae.encode(picture))[0][0, :, 0])
+    others = {"noise": np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8), "nothing": np.full((64, 64, 3), 255, np.uint8),
+              "a chart": media.read_image(config.REPORTS / "figures" / "ablations.png", 64)}
+    assert known(media.read_image(config.DATA / "demo" / "face.png", 64)) and not [name for name, image in others.items() if known(image)]
